@@ -1,0 +1,95 @@
+"""`videolavit ask`: questions about a video or a picture.
+
+Contract: the answer is the only thing on stdout. With `--chat` every line typed is a question about the same file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from runtime.commands.options import choose_seed, model_options, open_pipeline, sampling_options, seed_option
+from runtime.commands.report import Report
+from runtime.errors import UsageError
+from runtime.requests import AnswerRequest
+
+
+@click.command()
+@click.argument("media", type=click.Path(path_type=Path))
+@click.argument("question", required=False)
+@click.option("--chat", is_flag=True, help="Ask one question after another about the same file.")
+@click.option("--max-answer-tokens", type=int, help="Longest answer, in tokens.")
+@click.option("--max-clips", type=click.IntRange(1, 64), help="Look at this many clips of a video at most.")
+@click.option("--sample", is_flag=True, help="Sample the answer; without, the likeliest tokens are taken.")
+@seed_option
+@sampling_options
+@click.option("--json", "as_json", is_flag=True, help="Events and result as JSON lines on stdout.")
+@model_options
+def ask(
+    media: Path,
+    question: str | None,
+    chat: bool,
+    max_answer_tokens: int | None,
+    max_clips: int | None,
+    sample: bool,
+    seed: int | None,
+    greedy: bool,
+    as_json: bool,
+    bundle: str | None,
+    memory_budget: int | None,
+    threads: int | None,
+    provider: str,
+    **settings: Any,
+) -> None:
+    """Ask QUESTION about MEDIA, a video or a picture."""
+    if question is None and not chat:
+        raise UsageError('QUESTION is missing: ask something, for example "what moves?", or add --chat')
+    if sample and greedy:
+        raise UsageError("--sample and --greedy exclude each other; greedy is the default")
+    seed = choose_seed(seed)
+    with Report(as_json) as report:
+        from runtime.media import load_media
+
+        request = AnswerRequest(
+            question="-" if question is None else question,
+            max_answer_tokens=max_answer_tokens,
+            greedy=not sample,
+            **settings,
+        )
+        from runtime.bundle import Bundle, find
+
+        # Reading the file first: a mistake in its name answers before a model is loaded.
+        manifest = Bundle.open(find(bundle), check_hashes=False).manifest
+        seen = load_media(media, manifest.geometry, max_clips or manifest.defaults.max_clips)
+        request = replace(request, pictures=seen.pictures, motions=seen.motions)
+        with open_pipeline(
+            report, bundle=bundle, memory_budget=memory_budget, threads=threads, provider=provider
+        ) as pipeline:
+            if question is not None:
+                _answer(report, pipeline, request, seed)
+            while chat:
+                try:
+                    line = click.prompt("", prompt_suffix="> ", err=True)
+                except click.Abort:  # end of input, or Ctrl-C at the prompt: the conversation is over
+                    break
+                _answer(report, pipeline, replace(request, question=line), seed)
+
+
+def _answer(report: Report, pipeline: Any, request: AnswerRequest, seed: int) -> None:
+    from runtime.noise import Noise
+
+    before = sum(pipeline.seconds.values())
+    result = pipeline.answer(request, Noise(seed))
+    report.finish_stage("answer")
+    report.result(
+        result.text,
+        question=request.question,
+        answer=result.text,
+        tokens=len(result.ids),
+        seed=seed,
+        seconds=sum(pipeline.seconds.values()) - before,
+        peak_rss_bytes=pipeline.peak_rss,
+    )

@@ -1,0 +1,93 @@
+"""`videolavit inspect`: what is in a bundle, or how a generated file was made.
+
+Contract: reads only; a bundle is verified (schema, sizes, hashes) before it is shown.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+from rich.console import Console
+from rich.table import Table
+
+from runtime.bundle import MANIFEST, Bundle, EngineEntry, TensorEntry, find
+from runtime.errors import MediaError, UsageError
+
+
+@click.command()
+@click.argument("target")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def inspect(target: str, as_json: bool) -> None:
+    """Show what is in a bundle (a folder or a name), or how TARGET, a generated file, was made."""
+    path = Path(target)
+    if path.is_file() and path.name != MANIFEST:
+        click.echo(msgspec.json.format(msgspec.json.encode(read_recipe(path)), indent=2).decode())
+        return
+    if not path.exists() and path.suffix:
+        raise UsageError(f"{target}: no such file or bundle")
+    bundle = Bundle.open(path.parent if path.name == MANIFEST else find(target))
+    if as_json:
+        click.echo((bundle.path / MANIFEST).read_text())
+        return
+    _show(bundle)
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The recipe stored in a generated file. Raises MediaError when it carries none."""
+    from runtime import recipe
+    from runtime.images import is_picture, picture_metadata
+    from runtime.video import read_recipe as read_video_metadata
+
+    metadata = picture_metadata(path) if is_picture(path) else read_video_metadata(path)
+    text = metadata.get(recipe.KEY)
+    if text is None:
+        raise MediaError(f"{path}: carries no recipe; it was not made by videolavit, or its metadata was stripped")
+    try:
+        document: dict[str, Any] = msgspec.json.decode(text, type=dict)
+    except msgspec.DecodeError as error:
+        raise MediaError(f"{path}: its recipe is damaged: {error}") from error
+    return document
+
+
+def _show(bundle: Bundle) -> None:
+    manifest = bundle.manifest
+    geometry, vocabulary = manifest.geometry, manifest.vocabulary
+    weights = "trained" if manifest.trained else "random, untrained"
+    total = sum(entry.bytes for entry in bundle.files())
+    click.echo(
+        f"{bundle.path}: model {manifest.name}, {weights} weights, {total / 2**20:.1f} MiB, all hashes correct\n"
+        f"clip: {geometry.frames} frames at {geometry.fps} fps, {geometry.video_size[0]}x{geometry.video_size[1]}, "
+        f"up to {geometry.patches} image tokens and {geometry.motion_tokens} motion tokens\n"
+        f"vocabulary: {vocabulary.text_size} text, {vocabulary.visual_codes} visual, {vocabulary.motion_codes} motion, "
+        f"4 markers; {vocabulary.size} in all\n"
+        f"made with: {', '.join(f'{name} {version}' for name, version in manifest.versions.items())}"
+    )
+    table = Table(box=None, pad_edge=False)
+    for heading in ("engine", "backend", "precision", "MiB", "in", "out", "error to torch"):
+        table.add_column(heading, justify="right" if heading == "MiB" else "left")
+    for name, engine in manifest.engines.items():
+        table.add_row(
+            name,
+            engine.backend,
+            engine.precision,
+            f"{sum(f.bytes for f in engine.files) / 2**20:.2f}",
+            _tensors(engine.inputs),
+            _tensors(engine.outputs),
+            _parity(engine),
+        )
+    Console(width=160).print(table, markup=False)
+
+
+def _tensors(tensors: tuple[TensorEntry, ...]) -> str:
+    shown = [t for t in tensors if not t.name.startswith(("past_key", "past_value", "present_"))]
+    text = " ".join(f"{t.name}[{','.join(map(str, t.shape))}]" for t in shown)
+    return text if len(shown) == len(tensors) else f"{text} + KV cache"
+
+
+def _parity(engine: EngineEntry) -> str:
+    if engine.parity is None:
+        return "not measured"
+    return f"{engine.parity.max_abs_error:.1e} (allowed {engine.parity.tolerance:.1e})"

@@ -1,0 +1,113 @@
+"""Options that several commands share, and how their values become settings.
+
+Contract: a value that is not allowed raises UsageError naming the flag; nothing here opens a model.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from runtime.commands.report import Report
+    from runtime.pipeline import Pipeline
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+
+
+class Size(click.ParamType):
+    """WIDTHxHEIGHT in pixels."""
+
+    name = "WxH"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        match = re.fullmatch(r"(\d{1,6})[xX×](\d{1,6})", str(value))
+        if match is None:
+            self.fail(f"{value!r} is not a size; write WIDTHxHEIGHT, for example 576x320", param, ctx)
+        return int(match[1]), int(match[2])
+
+
+class Bytes(click.ParamType):
+    """A number of bytes, with K, M or G."""
+
+    name = "BYTES"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMG]?)(?:i?B)?", str(value), re.IGNORECASE)
+        if match is None:
+            self.fail(f"{value!r} is not an amount of memory; write for example 800M or 8G", param, ctx)
+        return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def model_options(function: F) -> F:
+    """--bundle, --memory-budget, --threads, --provider: which model runs, and on what."""
+    for option in (
+        click.option(
+            "--provider",
+            type=click.Choice(["cpu", "cuda"]),
+            default="cpu",
+            show_default=True,
+            help="ONNX Runtime execution provider.",
+        ),
+        click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads. [default: all cores]"),
+        click.option("--memory-budget", type=Bytes(), help="Keep at most this much of the engines loaded, e.g. 8G."),
+        click.option(
+            "--bundle", envvar="VIDEOLAVIT_BUNDLE", help="Engine bundle: a folder or a name. [default: shapes]"
+        ),
+    ):
+        function = option(function)
+    return function
+
+
+def output_options(function: F) -> F:
+    """--force and --json."""
+    function = click.option("--json", "as_json", is_flag=True, help="Events and result as JSON lines on stdout.")(
+        function
+    )
+    return click.option("--force", is_flag=True, help="Replace the output if it exists.")(function)
+
+
+def sampling_options(function: F) -> F:
+    """--temperature, --top-k, --top-p, --greedy."""
+    for option in (
+        click.option("--greedy", is_flag=True, help="Always take the likeliest token."),
+        click.option("--top-p", type=float, help="Sample from the smallest set with this probability."),
+        click.option("--top-k", type=int, help="Sample from the k likeliest tokens; 0 is off."),
+        click.option("--temperature", type=float, help="Sampling temperature."),
+    ):
+        function = option(function)
+    return function
+
+
+seed_option = click.option(
+    "--seed", type=click.IntRange(0, 2**63 - 1), help="Seed of all randomness. [default: random, printed]"
+)
+
+
+def choose_seed(seed: int | None) -> int:
+    """The user's seed, or a fresh one small enough to type again."""
+    return secrets.randbelow(2**31) if seed is None else seed
+
+
+def open_pipeline(
+    report: Report, *, bundle: str | None, memory_budget: int | None, threads: int | None, provider: str
+) -> Pipeline:
+    """Open the bundle; says so when its weights are untrained."""
+    from runtime.bundle import Bundle, find
+    from runtime.pipeline import Pipeline
+
+    opened = Bundle.open(find(bundle))
+    if not opened.manifest.trained:
+        report.note(
+            f"bundle {opened.manifest.name!r} has random, untrained weights: it shows that everything runs, "
+            "its pictures and words mean nothing"
+        )
+    return Pipeline(opened, memory_budget=memory_budget, threads=threads, provider=provider, observer=report.progress)

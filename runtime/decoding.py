@@ -1,0 +1,256 @@
+"""Opening a video file and reading its frames: upright, timed, one at a time.
+
+Contract: only regular local files are opened, and nothing they name. The stream is chosen, timed and turned upright
+the way the ffmpeg command line does it (reference semantics §11.1), because the frames that reach the model depend on
+it. Undecodable packets are skipped; anything that leaves nothing to work with raises MediaError in one line. Decoding
+is single-threaded: it costs the least CPU, and the tail of a damaged file does not depend on the machine.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from fractions import Fraction
+from math import atan2, degrees, hypot
+from pathlib import Path
+from typing import Any, cast
+
+import av
+from av.container import InputContainer
+from av.error import FFmpegError, InvalidDataError
+from av.filter import Graph
+from av.packet import Packet
+from av.sidedata.sidedata import SideDataContainer
+from av.stream import Disposition
+from av.video.codeccontext import VideoCodecContext
+from av.video.frame import VideoFrame
+from av.video.stream import VideoStream
+
+from runtime.errors import MediaError
+from runtime.frame_rate import Timed, at_rate, round_half_away, slot
+
+MAX_SIDE = 8191  # the MPEG-4 encoder's limit, pixels
+MAX_GAP = 3600  # seconds without a frame; more is a damaged time stamp, and filling it would not end
+LOOKAHEAD = 32  # packets; more than any codec reorders
+_SEPARATE_CLOCKS = 0x0200  # FFmpeg's AVFMT_TS_DISCONT, a flag of container formats
+SKIPPABLE = frozenset({"h264", "hevc"})  # decoders that drop a non-reference frame on request and nothing else
+
+
+@contextmanager
+def media_errors(path: Path) -> Iterator[None]:
+    """Turn FFmpeg's errors into MediaError naming `path`."""
+    try:
+        yield
+    except FFmpegError as error:
+        reason = (error.strerror or str(error)).rstrip(".").lower()
+        raise MediaError(
+            f"{path}: is not a video that can be read ({reason}); if it plays elsewhere, convert it to H.264 in mp4"
+        ) from error
+
+
+@contextmanager
+def open_video(path: Path | str) -> Iterator[VideoSource]:
+    """Open the video file at `path`; MediaError if it is missing, empty, not a video, or too large to read."""
+    path = Path(path)
+    if not path.exists():
+        raise MediaError(f"{path}: no such file")
+    if not path.is_file():
+        raise MediaError(f"{path}: is not a file; name a video file")
+    try:
+        if path.stat().st_size == 0:
+            raise MediaError(f"{path}: is empty; give a video file")
+        with path.open("rb"):
+            pass
+    except OSError as error:
+        raise MediaError(f"{path}: cannot be opened: {error.strerror}") from error
+    with media_errors(path):
+        # The prefix keeps a name with a colon from being read as a protocol, and FFmpeg keeps playlists opened through
+        # it on this disk. No options: PyAV then crashes on containers whose streams appear late (MPEG-PS).
+        container = av.open(f"file:{path}", metadata_errors="replace")
+    with container:
+        yield VideoSource(path, container, _video_stream(path, container))
+
+
+def _video_stream(path: Path, container: InputContainer) -> VideoStream:
+    name = container.format.name
+    if name == "image2" or name.endswith("_pipe"):
+        raise MediaError(f"{path}: is a picture, not a video; pass it as a picture (--image)")
+    streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+    if not streams or name == "tty":
+        raise MediaError(f"{path}: has no video stream; give a file with moving pictures")
+    known = [s for s in streams if s.codec_context is not None]
+    if not known:
+        raise MediaError(f"{path}: its video codec is not known; convert it to H.264 in mp4")
+    best = max(known, key=lambda s: s.width * s.height + 5_000_000 * bool(s.disposition & Disposition.default))
+    check_sides(path, best.width, best.height)
+    return best
+
+
+def check_sides(path: Path, width: int, height: int) -> None:
+    if max(width, height) > MAX_SIDE:
+        raise MediaError(f"{path}: {width}x{height} is too large; sides up to {MAX_SIDE} pixels are read, shrink it")
+
+
+class VideoSource:
+    """One open video file.
+
+    Attributes:
+        path, container, stream: where the frames come from.
+        origin: time stamp that counts as time zero, in units of the stream's time base.
+    """
+
+    def __init__(self, path: Path, container: InputContainer, stream: VideoStream) -> None:
+        self.path = path
+        self.container = container
+        self.stream = stream
+        self.time_base = stream.time_base or Fraction(1, av.time_base)
+        self.origin = self._origin()
+        context = stream.codec_context
+        context.thread_count = 1
+
+    def _origin(self) -> int:
+        start = self.container.start_time or 0  # microseconds
+        if self.container.format.flags & _SEPARATE_CLOCKS and self.stream.start_time is not None:
+            # Such containers have no common clock start; only the streams in use count.
+            start = max(start, round_half_away(self.stream.start_time * self.time_base * av.time_base))
+        return round_half_away(Fraction(start, av.time_base) / self.time_base)
+
+    def frames(self) -> Iterator[VideoFrame]:
+        """Every decodable frame in presentation order, as stored: `upright` turns it."""
+        return (timed.frame for timed in self._decoded(None))
+
+    def frames_at(self, rate: Fraction) -> Iterator[VideoFrame]:
+        """The upright frame of every slot of a video at `rate` frames per second."""
+        previous: VideoFrame | None = None
+        turned: VideoFrame | None = None
+        for frame in at_rate(self._decoded(rate), rate):
+            if frame is not previous or turned is None:
+                previous, turned = frame, upright(frame)
+            yield turned
+
+    def _decoded(self, rate: Fraction | None) -> Iterator[Timed[VideoFrame]]:
+        """Timed frames; with `rate`, frames that cannot fill a slot may be left out where that saves decoding."""
+        context: VideoCodecContext = self.stream.codec_context
+        packets = self._packets()
+        marked: Iterator[tuple[Packet | None, bool]] = ((p, False) for p in packets)
+        if rate is not None and context.name in SKIPPABLE:
+            marked = _mark_unused(packets, rate * self.time_base, self.origin)
+        following = previous = Fraction(0)
+        for packet, unused in marked:
+            context.skip_frame = "NONREF" if unused else "DEFAULT"
+            packet_duration = (packet.duration or 0) * self.time_base if packet is not None else Fraction(0)
+            for frame in self._decode(context, packet):
+                ticks = frame.pts if frame.pts is not None else frame.dts
+                time = (ticks - self.origin) * self.time_base if ticks is not None else following
+                if time - previous > MAX_GAP:
+                    raise MediaError(
+                        f"{self.path}: no frame for {float(time - previous):.0f} s after {float(previous):.1f} s; "
+                        f"gaps up to {MAX_GAP} s are filled, so cut the file or repair its time stamps"
+                    )
+                previous = max(previous, time)
+                following = time + (frame.duration * self.time_base or packet_duration or self._frame_duration())
+                yield Timed(frame, time, following)
+
+    def _frame_duration(self) -> Fraction:
+        """Seconds a frame lasts where neither frame nor packet says so."""
+        rate = self.stream.codec_context.framerate or self.stream.average_rate or self.stream.guessed_rate
+        return 1 / rate if rate else Fraction(1, 25)
+
+    def _packets(self) -> Iterator[Packet | None]:
+        """The stream's packets, then None; a file that breaks off ends there."""
+        demuxed = self.container.demux(self.stream)
+        while True:
+            try:
+                packet = next(demuxed, None)
+            except FFmpegError:
+                packet = None
+            if packet is None or packet.size == 0:  # PyAV ends with an empty packet
+                yield None
+                return
+            yield packet
+
+    @staticmethod
+    def _decode(context: VideoCodecContext, packet: Packet | None) -> list[VideoFrame]:
+        try:
+            return context.decode(packet)
+        except (InvalidDataError, av.error.EOFError):
+            return []
+
+
+def _mark_unused(packets: Iterable[Packet | None], rate: Fraction, origin: int) -> Iterator[tuple[Packet | None, bool]]:
+    """Mark packets whose slot a later frame takes anyway (`rate` in slots per time base tick)."""
+    window: deque[Packet | None] = deque()
+    recent: deque[tuple[int, int]] = deque(maxlen=2 * LOOKAHEAD)  # slot, time stamp
+
+    def taken(packet: Packet | None) -> bool:
+        if packet is None or packet.pts is None or packet.is_corrupt:
+            return False
+        own = slot(Fraction(packet.pts - origin), rate)
+        return any(slot_ == own and pts > packet.pts for slot_, pts in recent)
+
+    for packet in packets:
+        window.append(packet)
+        if packet is not None and packet.pts is not None and not (packet.is_discard or packet.is_corrupt):
+            recent.append((slot(Fraction(packet.pts - origin), rate), packet.pts))
+        if len(window) > LOOKAHEAD:
+            head = window.popleft()
+            yield head, taken(head)
+    for packet in window:
+        yield packet, taken(packet)
+
+
+def side_data(frame: VideoFrame, name: str) -> Any:
+    """Side data of `frame`, or None. `frame.side_data` would tie the frame into a reference cycle, which keeps its
+    pixels until the garbage collector comes by."""
+    return SideDataContainer(frame).get(name)  # type: ignore[call-arg]
+
+
+def rotation(frame: VideoFrame) -> int:
+    """Degrees in [0, 360) by which the frame must be turned clockwise to stand upright, from its display matrix."""
+    matrix = _display_matrix(frame)
+    return _angle(matrix) if matrix is not None else 0
+
+
+def upright(frame: VideoFrame) -> VideoFrame:
+    """Turn and mirror `frame` as its display matrix asks, in its own pixel format."""
+    matrix = _display_matrix(frame)
+    if matrix is None:
+        return frame
+    angle = _angle(matrix)
+    steps: list[tuple[str, str | None]] = []
+    if angle == 90:
+        steps = [("transpose", "cclock_flip" if matrix[3] > 0 else "clock")]
+    elif angle == 180:
+        steps = [(name, None) for name, entry in (("hflip", matrix[0]), ("vflip", matrix[4])) if entry < 0]
+    elif angle == 270:
+        steps = [("transpose", "clock_flip" if matrix[3] < 0 else "cclock")]
+    elif angle:
+        steps = [("rotate", f"{angle}*PI/180")]
+    elif matrix[4] < 0:
+        steps = [("vflip", None)]
+    return _filtered(frame, steps) if steps else frame
+
+
+def _display_matrix(frame: VideoFrame) -> tuple[int, ...] | None:
+    data = side_data(frame, "DISPLAYMATRIX")
+    return struct.unpack("<9i", bytes(data)) if data is not None else None
+
+
+def _angle(matrix: tuple[int, ...]) -> int:
+    x, y = hypot(matrix[0], matrix[3]), hypot(matrix[1], matrix[4])
+    if not x or not y:
+        return 0
+    return round(degrees(atan2(matrix[1] / y, matrix[0] / x))) % 360
+
+
+def _filtered(frame: VideoFrame, steps: list[tuple[str, str | None]]) -> VideoFrame:
+    graph = Graph()
+    nodes = [graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=Fraction(1))]
+    nodes += [graph.add(name, arguments) for name, arguments in steps]
+    nodes += [graph.add("copy"), graph.add("buffersink")]  # a flip only points at the rows backwards; copy them
+    graph.link_nodes(*nodes).configure()
+    frame.pts = frame.pts or 0
+    graph.push(frame)
+    return cast(VideoFrame, graph.pull())

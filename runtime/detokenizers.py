@@ -1,0 +1,147 @@
+"""Tokens back to pixels: the key-frame and the video detokenizer over their engines.
+
+Contract: each takes host arrays and returns latents and uint8 pictures; every random draw comes from the given
+noise in the order the reference makes it (reference semantics, end of §14).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from runtime import diffusion
+from runtime.bundle import Manifest
+from runtime.engines import EngineSet
+from runtime.geometry import CONTEXT_GRID, VAE_FACTOR
+from runtime.images import resize_image, to_signed, to_uint8
+from runtime.noise import Noise
+from runtime.progress import Observer, Progress, Stopwatch
+from runtime.resize import bicubic
+from runtime.schedulers import make_schedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeyframeSettings:
+    """Size (width, height) in pixels, denoising steps, guidance."""
+
+    size: tuple[int, int]
+    steps: int
+    guidance: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reinjection:
+    """Start a later clip from the last `frame` [H, W, 3] before it, skipping `rate` of the steps (§8.3)."""
+
+    frame: np.ndarray
+    rate: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoSettings:
+    """Size (width, height) in pixels, denoising steps, guidance of first and last frame, and SVD's micro-conditions."""
+
+    size: tuple[int, int]
+    steps: int
+    guidance: tuple[float, float]
+    fps: int
+    motion_bucket: int
+    noise_augmentation: float
+    decode_chunk: int
+
+
+class KeyframeDetokenizer:
+    """Visual codes -> picture (§7, §8)."""
+
+    def __init__(self, engines: EngineSet, manifest: Manifest, observer: Observer, watch: Stopwatch) -> None:
+        self._engines = engines
+        self._manifest = manifest
+        self._observer = observer
+        self._watch = watch
+
+    def decode(
+        self, codes: np.ndarray, settings: KeyframeSettings, noise: Noise, reinjection: Reinjection | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Codes [n] -> (latents [4, h, w], picture [H, W, 3] uint8)."""
+        width, height = settings.size
+        schedule = make_schedule(self._manifest.keyframe_scheduler, settings.steps)
+        scaling = np.float32(self._manifest.keyframe_vae_scaling)
+        # More tokens than the trained range are cut (§14, quirk 4).
+        codes = codes[: self._manifest.geometry.patches]
+        with self._watch.stage("keyframe"):
+            conditions = self._engines.get("keyframe_conditioner")(
+                codes=codes[None], counts=np.array([len(codes)], dtype=np.int64)
+            )
+            shape = (1, 4, height // VAE_FACTOR, width // VAE_FACTOR)
+            start = 0
+            if reinjection is None:
+                latents = noise.normal(*shape) * np.float32(schedule.init_noise_sigma)
+            else:
+                start = int(reinjection.rate * settings.steps)
+                picture = to_signed(resize_image(reinjection.frame, settings.size))[None]  # [1, 3, H, W]
+                clean = self._engines.get("keyframe_vae_encoder")(image=picture)["latents"] * scaling
+                latents = schedule.add_noise(clean, noise.normal(*shape), start)
+            latents = diffusion.denoise_keyframe(
+                self._engines.get("keyframe_unet"),
+                schedule,
+                prompt_embeds=conditions["prompt_embeds"],
+                pooled=conditions["pooled"],
+                time_ids=diffusion.keyframe_time_ids(settings.size),
+                latents=latents,
+                guidance=settings.guidance,
+                noise=noise,
+                start=start,
+                on_step=lambda done: self._observer(Progress("keyframe", done, settings.steps - start)),
+            )
+            image = self._engines.get("keyframe_vae_decoder")(latents=latents / scaling)["image"]
+        return latents[0], to_uint8(image)[0]
+
+
+class VideoDetokenizer:
+    """Key frame and motion -> frames (§9)."""
+
+    def __init__(self, engines: EngineSet, manifest: Manifest, observer: Observer, watch: Stopwatch) -> None:
+        self._engines = engines
+        self._manifest = manifest
+        self._observer = observer
+        self._watch = watch
+
+    def decode(
+        self, keyframe: np.ndarray, motion: np.ndarray, settings: VideoSettings, noise: Noise
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Frames that follow a key frame.
+
+        Args:
+            keyframe: [H, W, 3] uint8.
+            motion: [2, T, h, w] at latent size, x1 scale.
+
+        Returns latents [T, 4, h, w] and frames [T, H, W, 3] uint8.
+        """
+        frames = motion.shape[1]
+        with self._watch.stage("video"):
+            schedule = make_schedule(self._manifest.video_scheduler, settings.steps)
+            context = bicubic(motion[None], (CONTEXT_GRID, CONTEXT_GRID))
+            states = self._engines.get("motion_conditioner")(motion=context)["states"]  # [1, T, 256, C]
+            image = to_signed(resize_image(keyframe, settings.size))[None]  # [1, 3, H, W]
+            image = image + np.float32(settings.noise_augmentation) * noise.normal(*image.shape)
+            image_latents = self._engines.get("video_vae_encoder")(image=image)["latents"]  # [1, 4, h, w]
+            initial = noise.normal(1, frames, *image_latents.shape[1:])
+            latents = diffusion.denoise_video(
+                self._engines.get("video_unet"),
+                schedule,
+                image_latents=image_latents,
+                motion=motion[None],
+                states=states,
+                guidance=settings.guidance,
+                fps=settings.fps,
+                motion_bucket=settings.motion_bucket,
+                noise_augmentation=settings.noise_augmentation,
+                initial=initial,
+                on_step=lambda done: self._observer(Progress("video", done, settings.steps)),
+            )
+        with self._watch.stage("video decode"):
+            pixels = diffusion.decode_video(
+                self._engines.get("video_vae_decoder"), latents, self._manifest.video_vae_scaling, settings.decode_chunk
+            )
+        return latents[0], to_uint8(pixels)[0]

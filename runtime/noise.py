@@ -1,0 +1,32 @@
+"""All randomness of a run, from one seed.
+
+Contract: every random number the runtime uses comes from one `Noise` in the order the reference consumes
+them (reference semantics, end of §14), as float32, so that a seed means the same clip on every backend up
+to rounding. A test, or the torch reference, may substitute any object with these methods.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+class Noise:
+    """Seeded source of noise. `seed` is any integer from 0 to 2**63 - 1."""
+
+    def __init__(self, seed: int) -> None:
+        self._generator = np.random.Generator(np.random.PCG64(seed))
+
+    def normal(self, *shape: int) -> np.ndarray:
+        """Standard normal, float32, of `shape`."""
+        return self._generator.standard_normal(shape, dtype=np.float32)
+
+    def gumbel(self, *shape: int) -> np.ndarray:
+        """Gumbel(0, 1) = -log(Exp(1)), float32, of `shape`; used for the keep decision (§6.3)."""
+        tiny = np.finfo(np.float32).tiny
+        return -np.log(np.maximum(self._generator.standard_exponential(shape, dtype=np.float32), tiny))
+
+    def choice(self, probabilities: np.ndarray) -> np.ndarray:
+        """One index per row of `probabilities` [B, N] (each row sums to 1): [B] int64."""
+        cumulative = np.cumsum(probabilities, axis=-1, dtype=np.float64)
+        draws = self._generator.random((len(probabilities), 1)) * cumulative[:, -1:]
+        return np.asarray((cumulative <= draws).sum(axis=-1), dtype=np.int64)

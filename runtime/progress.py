@@ -1,0 +1,42 @@
+"""What a run tells its watcher while it works.
+
+Contract: the pipeline calls one observer with `Progress`; who shows it, and how, is not the pipeline's business.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Stage `stage` has done `done` of `total` steps (`total` None: not known beforehand)."""
+
+    stage: str
+    done: int
+    total: int | None = None
+
+
+Observer = Callable[[Progress], None]
+
+
+def ignore(progress: Progress) -> None:
+    """The observer of those who do not watch."""
+
+
+class Stopwatch:
+    """Seconds spent per stage, added up over repeats."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start

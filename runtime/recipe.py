@@ -1,0 +1,63 @@
+"""The recipe of a generated file: everything needed to make it again.
+
+Contract: a recipe is a JSON object with task, settings, seed, bundle name and digest, and versions. It is stored in the
+output's own metadata (nothing that varies between two equal runs, so equal runs give equal files) and, with the
+seconds each stage took, in `<output>.json` beside it.
+"""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import fields
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from runtime.bundle import Bundle
+from runtime.files import published
+
+KEY = "videolavit"  # metadata key; players ignore it
+
+
+def versions() -> dict[str, str]:
+    """Versions that can change a result."""
+    found = {"python": platform.python_version()}
+    for name in ("videolavit", "numpy", "av", "onnxruntime", "onnxruntime-gpu", "pillow"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def make_recipe(task: str, bundle: Bundle, request: Any, seed: int, inputs: dict[str, Path]) -> dict[str, Any]:
+    """Recipe of `request` (a resolved request). Pixels and motion are left out: `inputs` names their files."""
+    settings = {
+        field.name: value
+        for field in fields(request)
+        if not isinstance(value := getattr(request, field.name), np.ndarray | None)
+    }
+    return {
+        "task": task,
+        "settings": settings,
+        "seed": seed,
+        "inputs": {name: str(path) for name, path in inputs.items()},
+        "bundle": {"name": bundle.manifest.name, "digest": bundle.digest, "trained": bundle.manifest.trained},
+        "versions": versions(),
+    }
+
+
+def encode(recipe: dict[str, Any]) -> str:
+    return msgspec.json.encode(recipe).decode()
+
+
+def write_sidecar(output: Path, recipe: dict[str, Any], seconds: dict[str, float], peak_rss: int) -> Path:
+    """Write `<output>.json`: the recipe, `seconds` per stage, and the peak resident memory in bytes."""
+    path = output.with_name(output.name + ".json")
+    document = {**recipe, "seconds": {k: round(v, 4) for k, v in seconds.items()}, "peak_rss_bytes": peak_rss}
+    with published(path) as staging:
+        staging.write_bytes(msgspec.json.format(msgspec.json.encode(document), indent=2) + b"\n")
+    return path

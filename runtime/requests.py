@@ -1,0 +1,206 @@
+"""What a user can ask for, and what comes back: frozen requests and results of every task.
+
+Contract: the runtime pipeline and the torch reference take the same request and the same noise and return the
+same kind of result, which is how one is judged by the other. A field that is None means the model's own default
+(`TaskDefaults`, `Geometry`); `resolve` turns a request into one with every field set, and that is what a recipe
+records. Sizes are (width, height) in pixels. Pictures are uint8 [H, W, 3] RGB.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+
+from runtime.errors import UsageError
+from runtime.geometry import Geometry
+from runtime.settings import TaskDefaults
+
+Resolved = Any  # a request with every field set, which the type of its optional fields cannot say
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageRequest:
+    """Text, a picture, or both -> one picture (reference semantics §12.1, §12.6)."""
+
+    prompt: str | None = None
+    image: np.ndarray | None = None  # [H, W, 3] uint8
+    size: tuple[int, int] | None = None
+    keyframe_steps: int | None = None
+    text_guidance: float | None = None
+    image_guidance: float | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    max_image_tokens: int | None = None
+    min_image_tokens: int | None = None
+    greedy: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoRequest:
+    """Text, a picture, or both -> `clips` clips (§12.2, §12.3, §12.4).
+
+    `sampled_motion` None follows the reference: greedy from text alone, sampled when a picture is given.
+    `greedy` takes the arg-max everywhere.
+    """
+
+    prompt: str | None = None
+    image: np.ndarray | None = None  # [H, W, 3] uint8
+    clips: int = 1
+    size: tuple[int, int] | None = None
+    keyframe_size: tuple[int, int] | None = None
+    keyframe_steps: int | None = None
+    video_steps: int | None = None
+    text_guidance: float | None = None
+    motion_guidance: float | None = None
+    image_guidance: float | None = None
+    video_guidance: tuple[float, float] | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    max_image_tokens: int | None = None
+    min_image_tokens: int | None = None
+    inverse_rate: float | None = None
+    noise_augmentation: float | None = None
+    motion_bucket: int | None = None
+    sampled_motion: bool | None = None
+    greedy: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReconstructionRequest:
+    """Key frame and motion of a video -> the video again (§12.7), from raw motion or through tokens.
+
+    Attributes:
+        keyframe: [H, W, 3] uint8 at the source's size.
+        motion: [T, 2, rows, columns] float32 macroblock grid, x1 scale, before any resize.
+    """
+
+    keyframe: np.ndarray
+    motion: np.ndarray
+    through_tokens: bool = False
+    size: tuple[int, int] | None = None
+    video_steps: int | None = None
+    video_guidance: tuple[float, float] | None = None
+    noise_augmentation: float | None = None
+    motion_bucket: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerRequest:
+    """A question about a picture, a video, or nothing -> text (§13).
+
+    Attributes:
+        pictures: one picture, or one key frame per clip of a video; [H, W, 3] uint8 each.
+        motions: for a video, [T, 2, rows, columns] per clip: macroblock grid in x10 scale; else None.
+    """
+
+    question: str
+    pictures: tuple[np.ndarray, ...] = ()
+    motions: tuple[np.ndarray, ...] | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    max_answer_tokens: int | None = None
+    min_answer_tokens: int | None = None
+    greedy: bool = True
+
+
+Request = VideoRequest | ImageRequest | ReconstructionRequest | AnswerRequest
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageResult:
+    """`ids`: generated ids including image_end; `latents` [4, h, w] before decoding; `image` [H, W, 3] uint8."""
+
+    ids: tuple[int, ...]
+    latents: np.ndarray
+    image: np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipResult:
+    """One clip. `image_ids` are the key frame's ids, `motion_ids` the generated motion ids (empty for raw motion).
+
+    `latents` [T, 4, h, w] before decoding; `keyframe` [H, W, 3] and `frames` [T, H, W, 3] uint8.
+    """
+
+    index: int
+    image_ids: tuple[int, ...]
+    motion_ids: tuple[int, ...]
+    keyframe: np.ndarray
+    latents: np.ndarray
+    frames: np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerResult:
+    """`ids` as generated; `text` as shown to a person (§13.3)."""
+
+    ids: tuple[int, ...]
+    text: str
+
+
+def resolve(request: Request, geometry: Geometry, defaults: TaskDefaults) -> Resolved:
+    """`request` with every None that has a default filled in, checked. Raises UsageError naming the flag."""
+    reconstruction = isinstance(request, ReconstructionRequest)
+    values: dict[str, object] = {}
+    for field in fields(request):
+        if getattr(request, field.name) is not None:
+            continue
+        if field.name == "size":
+            values["size"] = geometry.keyframe_size if isinstance(request, ImageRequest) else geometry.video_size
+        elif field.name == "keyframe_size":
+            values["keyframe_size"] = geometry.keyframe_size
+        elif field.name == "video_guidance" and reconstruction:
+            values["video_guidance"] = defaults.reconstruction_guidance
+        elif field.name == "sampled_motion":
+            values["sampled_motion"] = getattr(request, "image", None) is not None
+        elif hasattr(defaults, field.name):
+            values[field.name] = getattr(defaults, field.name)
+    resolved: Resolved = replace(request, **values)  # type: ignore[arg-type]
+    _check(resolved, geometry)
+    return resolved
+
+
+_LIMITS: dict[str, tuple[float, float]] = {
+    "clips": (1, 100),
+    "keyframe_steps": (1, 1000),
+    "video_steps": (2, 1000),  # a Karras schedule needs two points
+    "text_guidance": (0, 100),
+    "motion_guidance": (0, 100),
+    "image_guidance": (0, 100),
+    "temperature": (0.01, 100),
+    "top_k": (0, 1_000_000),
+    "top_p": (0.0001, 1),
+    "max_image_tokens": (1, 4096),
+    "max_answer_tokens": (1, 4096),
+    "inverse_rate": (0, 0.99),
+    "noise_augmentation": (0, 10),
+}
+
+
+def _check(request: Request, geometry: Geometry) -> None:
+    for name, (low, high) in _LIMITS.items():
+        value = getattr(request, name, None)
+        if value is not None and not low <= value <= high:
+            raise UsageError(f"--{name.replace('_', '-')} {value}: must be from {low:g} to {high:g}")
+    for name in ("size", "keyframe_size"):
+        size = getattr(request, name, None)
+        if size is not None:
+            geometry.check_size(f"--{name.replace('_', '-')}", size)
+    prompt = getattr(request, "prompt", None)
+    if prompt is not None and not prompt.strip():
+        raise UsageError('PROMPT is empty: say what to generate, for example "a red circle moving right"')
+    if isinstance(request, AnswerRequest) and not request.question.strip():
+        raise UsageError('QUESTION is empty: ask something, for example "what moves?"')
+    if (
+        isinstance(request, AnswerRequest)
+        and request.motions is not None
+        and len(request.motions) != len(request.pictures)
+    ):
+        raise UsageError(f"{len(request.motions)} motions for {len(request.pictures)} key frames: give one for each")
+    if isinstance(request, VideoRequest | ImageRequest) and prompt is None and request.image is None:
+        raise UsageError("nothing to generate from: give a PROMPT, --image, or both")

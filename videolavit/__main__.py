@@ -1,0 +1,5 @@
+"""`python -m videolavit` is the command."""
+
+from videolavit.cli import main
+
+main()
