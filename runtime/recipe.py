@@ -8,6 +8,7 @@ seconds each stage took, in `<output>.json` beside it.
 from __future__ import annotations
 
 import platform
+import shlex
 from dataclasses import fields
 from importlib import metadata
 from pathlib import Path
@@ -52,6 +53,34 @@ def make_recipe(task: str, bundle: Bundle, request: Any, seed: int, inputs: dict
 
 def encode(recipe: dict[str, Any]) -> str:
     return msgspec.json.encode(recipe).decode()
+
+
+# Settings that are options of the task's command, under the same name.
+_SAMPLING = ("temperature", "top_k", "top_p", "greedy")
+_GUIDANCE = ("keyframe_steps", "text_guidance", "image_guidance", *_SAMPLING)
+_OPTIONS = {
+    "generate": ("clips", "size", "keyframe_size", "video_steps", "motion_guidance", *_GUIDANCE),
+    "imagine": ("size", *_GUIDANCE),
+    "reconstruct": ("motion", "clips", "start", "size", "video_steps", "compare"),
+}
+
+
+def command_line(recipe: dict[str, Any], output: Path) -> str:
+    """The command that makes the file again as `output`, ready for a shell. The recipe may come from a stranger."""
+    task, settings = str(recipe.get("task")), recipe.get("settings", {})
+    inputs = recipe.get("inputs", {})
+    words = ["videolavit", task]
+    words += [str(value) for value in (settings.get("prompt"), inputs.get("video")) if value is not None]
+    if "image" in inputs:
+        words += ["--image", str(inputs["image"])]
+    for name in _OPTIONS.get(task, ()):
+        value = settings.get(name)
+        flag = f"--{name.replace('_', '-')}"
+        if value is True:
+            words.append(flag)
+        elif value is not None and value is not False:
+            words += [flag, "x".join(map(str, value)) if isinstance(value, list | tuple) else str(value)]
+    return shlex.join([*words, "--seed", str(recipe.get("seed")), "-o", str(output)])
 
 
 def write_sidecar(output: Path, recipe: dict[str, Any], seconds: dict[str, float], peak_rss: int) -> Path:

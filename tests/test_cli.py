@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -100,6 +101,28 @@ def test_generate_writes_a_clip_with_its_recipe(run, tmp_path: Path) -> None:
     assert sidecar["peak_rss_bytes"] > 0
     assert run("generate", "a red circle moving right", "-o", "b.mp4", "--seed", "5", *QUICK).code == 0
     assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["generate", 'it\'s a "star"', "--size", "96x64", "--top-k", "7", *QUICK],
+        ["generate", "--image", "picture.png", "--greedy", *QUICK],
+        ["imagine", "a star", "--keyframe-steps", "2"],
+        ["reconstruct", str(VIDEO), "--motion", "tokens", "--start", "1.5", "--video-steps", "2"],
+    ],
+    ids=["text", "image", "imagine", "reconstruct"],
+)
+def test_inspect_prints_the_command_that_makes_the_same_file(
+    run, tmp_path: Path, picture: Path, arguments: list[str]
+) -> None:
+    name = "a.png" if arguments[0] == "imagine" else "a.mp4"
+    assert run(*arguments, "-o", name).code == 0
+    first = (tmp_path / name).read_bytes()
+    again = run("inspect", name).err.partition("make it again: videolavit ")[2]
+    done = run(*shlex.split(again), "--force")
+    assert done.code == 0, done.err
+    assert (tmp_path / name).read_bytes() == first
 
 
 def test_seed_is_drawn_printed_and_recorded(run, tmp_path: Path) -> None:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+from golden import assert_close
 
 from export.end_to_end import agreement, cases
 from runtime.bundle import Bundle
+from runtime.detokenizers import KeyframeDetokenizer, KeyframeSettings, Reinjection
+from runtime.engines import EngineSet
 from runtime.errors import ParityError
 from runtime.noise import Noise
 from runtime.pipeline import Pipeline
-from runtime.requests import VideoRequest
+from runtime.progress import Stopwatch, ignore
+from runtime.requests import VideoRequest, resolve
 from runtime.tokenizers import TextTokenizer
 from videolavit.checkpoints import Checkpoint, initialise
 from videolavit.reference import Reference
@@ -42,6 +47,29 @@ def test_runtime_equals_torch(task: str, reference: Reference) -> None:
         ours = CASES[task].run(pipeline, Noise(3))
     found = agreement(task, ours, CASES[task].run(reference, Noise(3)))
     assert found.tokens > 0 or "raw motion" in task
+
+
+def test_a_later_clip_starts_from_the_same_noised_frame(reference: Reference) -> None:
+    """The stage that a long video adds, on one given frame, so that no rounding before it can tell the two apart."""
+    manifest = SHIPPED.manifest
+    frame = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
+    codes = np.arange(30)
+    request = resolve(
+        VideoRequest(prompt="-", keyframe_steps=6, inverse_rate=0.5, clips=2), manifest.geometry, manifest.defaults
+    )
+    with EngineSet(SHIPPED) as engines:
+        ours, picture = KeyframeDetokenizer(engines, manifest, ignore, Stopwatch()).decode(
+            codes,
+            KeyframeSettings(size=(128, 128), steps=6, guidance=request.image_guidance),
+            Noise(5),
+            Reinjection(frame=frame, rate=0.5),
+        )
+    noise = Noise(5)
+    start = reference.noise_last_frame(frame, 3, request, noise)
+    ids = manifest.vocabulary.image_span(codes)
+    theirs, expected = reference.decode_keyframe(ids, (128, 128), request, noise, start, 3)
+    assert_close(ours, theirs, 1e-4 * np.abs(theirs).max())
+    assert np.abs(picture.astype(int) - expected.astype(int)).max() <= 1
 
 
 def test_a_wrong_result_is_noticed(reference: Reference) -> None:

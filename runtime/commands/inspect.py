@@ -13,6 +13,7 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
+from runtime import recipe
 from runtime.bundle import MANIFEST, Bundle, EngineEntry, TensorEntry, find
 from runtime.errors import MediaError, UsageError
 
@@ -24,7 +25,9 @@ def inspect(target: str, as_json: bool) -> None:
     """Show what is in a bundle (a folder or a name), or how TARGET, a generated file, was made."""
     path = Path(target)
     if path.is_file() and path.name != MANIFEST:
-        click.echo(msgspec.json.format(msgspec.json.encode(read_recipe(path)), indent=2).decode())
+        document = read_recipe(path)
+        click.echo(msgspec.json.format(msgspec.json.encode(document), indent=2).decode())
+        click.echo(f"make it again: {recipe.command_line(document, path)}", err=True)
         return
     if not path.exists() and path.suffix:
         raise UsageError(f"{target}: no such file or bundle")
@@ -37,7 +40,6 @@ def inspect(target: str, as_json: bool) -> None:
 
 def read_recipe(path: Path) -> dict[str, Any]:
     """The recipe stored in a generated file. Raises MediaError when it carries none."""
-    from runtime import recipe
     from runtime.images import is_picture, picture_metadata
     from runtime.video import read_recipe as read_video_metadata
 

@@ -161,7 +161,7 @@ def reconstruct(
             defaults,
         )
         document = recipe.make_recipe("reconstruct", pipeline.bundle, example, seed, {"video": video})
-        document["settings"] |= {"clips": clips, "start": start, "compare": compare}
+        document["settings"] |= {"motion": route, "clips": clips, "start": start, "compare": compare}
         write_video(
             output, frames(), geometry.reconstruction_fps, metadata={recipe.KEY: recipe.encode(document)}, force=force
         )
