@@ -111,7 +111,7 @@ GRAPHS = {
         ("visual_tokenizer", "keyframe_decoder"),
         KeyframeConditioner,
         _conditioner,
-        {"B": 2, "L": 24},
+        {"B": 2, "L": 3},
         ({"B": 1, "L": 1}, {"B": 3, "L": 64}),
     ),
     "keyframe_unet": Graph(("keyframe_unet",), KeyframeUNet, _unet, LATENTS, OTHER_LATENTS),
