@@ -22,8 +22,9 @@ demo: $(VENV)/.runtime
 	$(RUN)/videolavit ask demo/clip.mp4 "what moves?" --max-answer-tokens 16
 	@echo '--- done: open demo/clip.mp4 and demo/arrows.mp4'
 
+# One process a core, each with one thread for torch; a file's tests stay together and share what they set up.
 test: $(VENV)/.dev lint
-	$(RUN)/python -m pytest
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest --numprocesses auto --dist loadfile
 
 lint: $(VENV)/.dev
 	$(RUN)/ruff check .

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from runtime.bundle import Bundle, Parity, find
 from runtime.commands.report import Report
-from runtime.errors import BundleError
+from runtime.errors import BundleError, UsageError
 
 MIB = 2**20
 
@@ -25,18 +25,30 @@ MIB = 2**20
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Bundle folder to write.")
 @click.option("--backend", type=click.Choice(["onnx"]), default="onnx", show_default=True, help="Kind of engines.")
+@click.option(
+    "--tasks", default="generate,understand", show_default=True, help="What the bundle is for, separated by commas."
+)
 @click.option("--plan", "plan_only", is_flag=True, help="Only say what would be built.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 @click.option("--json", "as_json", is_flag=True, help="Events and result as JSON lines on stdout.")
-def export(checkpoint: Path, output: Path, backend: str, plan_only: bool, force: bool, as_json: bool) -> None:
-    """Turn CHECKPOINT into a bundle of engines; each is compared with torch before anything is published."""
-    from export.build import export_bundle, plan
+def export(
+    checkpoint: Path, output: Path, backend: str, tasks: str, plan_only: bool, force: bool, as_json: bool
+) -> None:
+    """Turn CHECKPOINT into a bundle of engines; each is compared with torch before anything is published.
+
+    CHECKPOINT is a checkpoint of this project or a folder with the official weights.
+    """
+    from export.build import TASKS, export_bundle, plan
     from videolavit.checkpoints import load
 
+    chosen = [task.strip() for task in tasks.split(",")]
+    unknown = [task for task in chosen if task not in TASKS]
+    if unknown:
+        raise UsageError(f"--tasks {tasks}: {unknown[0]!r} is no task; choose from {', '.join(TASKS)}")
     source = load(checkpoint)
     with Report(as_json) as report:
         if plan_only:
-            parts = plan(source)
+            parts = plan(source, chosen)
             table = _table("component", "parameters", "float16 MiB", "engines")
             for part in parts:
                 table.add_row(
@@ -46,7 +58,7 @@ def export(checkpoint: Path, output: Path, backend: str, plan_only: bool, force:
             return
         if not source.trained:
             report.note(f"{checkpoint} has random weights, it is not trained")
-        built = export_bundle(source, output, force=force, observer=report.progress)
+        built = export_bundle(source, output, tasks=chosen, force=force, observer=report.progress)
         table = _table("engine", "MiB", "largest error", "allowed", "export s", "load s", "compare s")
         for one in built:
             times = (one.export_seconds, one.load_seconds, one.parity_seconds)

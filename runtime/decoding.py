@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
+from itertools import chain, islice
 from math import atan2, degrees, hypot
 from pathlib import Path
 from typing import Any, cast
@@ -34,6 +35,8 @@ from runtime.frame_rate import Timed, at_rate, round_half_away, slot
 MAX_SIDE = 8191  # the MPEG-4 encoder's limit, pixels
 MAX_GAP = 3600  # seconds without a frame; more is a damaged time stamp, and filling it would not end
 LOOKAHEAD = 32  # packets; more than any codec reorders
+LEAP = 10  # seconds; containers without a common clock may leap further, which is no gap in the video
+SEEK_BACK = (0, 10, None)  # seconds to seek to before a frame, in turn; some containers land behind it. None: the start
 _SEPARATE_CLOCKS = 0x0200  # FFmpeg's AVFMT_TS_DISCONT, a flag of container formats
 SKIPPABLE = frozenset({"h264", "hevc"})  # decoders that drop a non-reference frame on request and nothing else
 
@@ -99,6 +102,7 @@ class VideoSource:
     Attributes:
         path, container, stream: where the frames come from.
         origin: time stamp that counts as time zero, in units of the stream's time base.
+        restarts: whether time stamps that restart or leap were met so far; times then are as if they went on.
     """
 
     def __init__(self, path: Path, container: InputContainer, stream: VideoStream) -> None:
@@ -107,6 +111,7 @@ class VideoSource:
         self.stream = stream
         self.time_base = stream.time_base or Fraction(1, av.time_base)
         self.origin = self._origin()
+        self.restarts = False
         context = stream.codec_context
         context.thread_count = 1
 
@@ -119,47 +124,121 @@ class VideoSource:
 
     def frames(self) -> Iterator[VideoFrame]:
         """Every decodable frame in presentation order, as stored: `upright` turns it."""
-        return (timed.frame for timed in self._decoded(None))
+        return (timed.frame for timed in self._decoded((packet, False) for packet in self._packets()))
 
     def frames_at(self, rate: Fraction) -> Iterator[VideoFrame]:
         """The upright frame of every slot of a video at `rate` frames per second."""
-        previous: VideoFrame | None = None
-        turned: VideoFrame | None = None
-        for frame in at_rate(self._decoded(rate), rate):
-            if frame is not previous or turned is None:
-                previous, turned = frame, upright(frame)
-            yield turned
+        return self._upright(at_rate(self._decoded(self._marked(rate, None, self._packets())), rate))
 
-    def _decoded(self, rate: Fraction | None) -> Iterator[Timed[VideoFrame]]:
-        """Timed frames; with `rate`, frames that cannot fill a slot may be left out where that saves decoding."""
+    def frames_between(self, rate: Fraction, first: int, last: int) -> Iterator[VideoFrame]:
+        """The upright frames of slots `first` to `last` - 1, decoded from the key frame before them on.
+
+        They are those of `frames_at` where the file's time stamps and index are sound.
+        """
+        for back in SEEK_BACK:
+            midway = self._seek(first / rate, back)
+            decoded = self._decoded(self._marked(rate, first, self._packets(midway)), midway)
+            head = next(decoded, None)
+            if head is not None and (slot(head.time, rate) <= first or not midway):
+                yield from islice(self._upright(at_rate(chain([head], decoded), rate, first)), last - first)
+                return
+
+    def span(self) -> tuple[Fraction, Fraction] | None:
+        """Seconds at which the first frame starts and the last one ends, from the time stamps of all packets; None
+        where one is missing or leaps. Reads the file to its end and decodes nothing."""
+        first: int | None = None
+        last = end = previous = 0
+        most = MAX_GAP / self.time_base
+        for packet in self._packets():
+            if packet is None or packet.is_discard:
+                continue
+            if packet.pts is None or (first is not None and packet.pts - previous > most):
+                return None
+            if first is None or packet.pts > last:
+                last = packet.pts
+                end = last + (packet.duration or round_half_away(self._frame_duration() / self.time_base))
+            first = packet.pts if first is None else min(first, packet.pts)
+            previous = packet.pts
+        if first is None or self.restarts:
+            return None
+        return (first - self.origin) * self.time_base, (end - self.origin) * self.time_base
+
+    def _seek(self, time: Fraction, back: int | None) -> bool:
+        """Go to the key frame at least `back` seconds before `time`, or to the start of the file if `back` is None;
+        returns whether the file is now read from its middle."""
+        beginning = min(self.origin, self.stream.start_time or 0)
+        target = self.origin + round_half_away((time - back) / self.time_base) if back is not None else beginning
+        midway = target > beginning
+        # Seeking to the very first time stamp lands behind it in some containers, seeking before it fails in others.
+        targets = [target] if midway else [beginning - round_half_away(1 / self.time_base), beginning]
+        for attempt in targets:
+            try:
+                self.container.seek(attempt, stream=self.stream)
+                return midway
+            except FFmpegError as error:
+                problem = error
+        raise MediaError(f"{self.path}: cannot be read from the middle; read it as a whole") from problem
+
+    def _marked(
+        self, rate: Fraction, first: int | None, packets: Iterable[Packet | None]
+    ) -> Iterator[tuple[Packet | None, bool]]:
+        """Packets, and whether each may be left out because its frame fills no slot (from `first` on)."""
+        context = self.stream.codec_context
+        if context.name in SKIPPABLE or context.codec.intra_only:
+            return _mark_unused(packets, rate * self.time_base, self.origin, first)
+        return ((packet, False) for packet in packets)
+
+    def _decoded(
+        self, marked: Iterable[tuple[Packet | None, bool]], midway: bool = False
+    ) -> Iterator[Timed[VideoFrame]]:
+        """Timed frames of packets; those of unused packets may be missing. `midway`: the packets start at a key frame
+        in the middle of the file, and frames before it, which need earlier ones, are left out."""
         context: VideoCodecContext = self.stream.codec_context
-        packets = self._packets()
-        marked: Iterator[tuple[Packet | None, bool]] = ((p, False) for p in packets)
-        if rate is not None and context.name in SKIPPABLE:
-            marked = _mark_unused(packets, rate * self.time_base, self.origin)
-        following = previous = Fraction(0)
+        omit = context.codec.intra_only  # nothing refers to an unused frame
+        skipping: bool | None = None
+        following = Fraction(0)
+        previous: Fraction | None = None if midway else following
+        floor: int | None = None
         for packet, unused in marked:
-            context.skip_frame = "NONREF" if unused else "DEFAULT"
+            if midway and floor is None and packet is not None:
+                floor = packet.pts
+            if unused and omit:
+                continue
+            if unused is not skipping:
+                context.skip_frame, skipping = ("NONREF" if unused else "DEFAULT"), unused
             packet_duration = (packet.duration or 0) * self.time_base if packet is not None else Fraction(0)
             for frame in self._decode(context, packet):
                 ticks = frame.pts if frame.pts is not None else frame.dts
+                if floor is not None and ticks is not None and ticks < floor:
+                    continue
                 time = (ticks - self.origin) * self.time_base if ticks is not None else following
-                if time - previous > MAX_GAP:
+                if previous is not None and time - previous > MAX_GAP:
                     raise MediaError(
                         f"{self.path}: no frame for {float(time - previous):.0f} s after {float(previous):.1f} s; "
                         f"gaps up to {MAX_GAP} s are filled, so cut the file or repair its time stamps"
                     )
-                previous = max(previous, time)
+                previous = time if previous is None else max(previous, time)
                 following = time + (frame.duration * self.time_base or packet_duration or self._frame_duration())
                 yield Timed(frame, time, following)
+
+    def _upright(self, frames: Iterable[VideoFrame]) -> Iterator[VideoFrame]:
+        """`frames` upright and of a size that can be read; one that is repeated is turned once."""
+        previous: VideoFrame | None = None
+        turned: VideoFrame | None = None
+        for frame in frames:
+            if frame is not previous or turned is None:
+                check_sides(self.path, frame.width, frame.height)
+                previous, turned = frame, upright(frame)
+            yield turned
 
     def _frame_duration(self) -> Fraction:
         """Seconds a frame lasts where neither frame nor packet says so."""
         rate = self.stream.codec_context.framerate or self.stream.average_rate or self.stream.guessed_rate
         return 1 / rate if rate else Fraction(1, 25)
 
-    def _packets(self) -> Iterator[Packet | None]:
-        """The stream's packets, then None; a file that breaks off ends there."""
+    def _packets(self, midway: bool = False) -> Iterator[Packet | None]:
+        """The stream's packets (`midway`: from the next key frame on), then None; a file that breaks off ends there."""
+        clock = _Clock(self.time_base) if self.container.format.flags & _SEPARATE_CLOCKS else None
         demuxed = self.container.demux(self.stream)
         while True:
             try:
@@ -169,7 +248,11 @@ class VideoSource:
             if packet is None or packet.size == 0:  # PyAV ends with an empty packet
                 yield None
                 return
-            yield packet
+            if clock is not None:
+                self.restarts |= clock.correct(packet)
+            midway = midway and not packet.is_keyframe
+            if not midway:
+                yield packet
 
     @staticmethod
     def _decode(context: VideoCodecContext, packet: Packet | None) -> list[VideoFrame]:
@@ -179,26 +262,58 @@ class VideoSource:
             return []
 
 
-def _mark_unused(packets: Iterable[Packet | None], rate: Fraction, origin: int) -> Iterator[tuple[Packet | None, bool]]:
-    """Mark packets whose slot a later frame takes anyway (`rate` in slots per time base tick)."""
-    window: deque[Packet | None] = deque()
-    recent: deque[tuple[int, int]] = deque(maxlen=2 * LOOKAHEAD)  # slot, time stamp
+class _Clock:
+    """Makes time stamps go on where they restart or leap, as in broadcasts and in joined files."""
 
-    def taken(packet: Packet | None) -> bool:
-        if packet is None or packet.pts is None or packet.is_corrupt:
+    def __init__(self, time_base: Fraction) -> None:
+        self._leap = round_half_away(LEAP / time_base)
+        self._back = round_half_away(Fraction(1, 10) / time_base)
+        self._offset = 0
+        self._last: int | None = None
+        self._following = 0
+
+    def correct(self, packet: Packet) -> bool:
+        """Change the time stamps of `packet`; returns whether they did not follow those before."""
+        if packet.dts is None:
             return False
-        own = slot(Fraction(packet.pts - origin), rate)
-        return any(slot_ == own and pts > packet.pts for slot_, pts in recent)
+        dts = packet.dts + self._offset
+        gap = dts - self._following
+        leaps = self._last is not None and (abs(gap) > self._leap or dts + self._back < self._last)
+        if leaps:
+            self._offset -= gap
+        if self._offset:
+            packet.dts += self._offset
+            if packet.pts is not None:
+                packet.pts += self._offset
+        self._last = packet.dts
+        self._following = packet.dts + (packet.duration or 0)
+        return leaps
 
+
+def _mark_unused(
+    packets: Iterable[Packet | None], rate: Fraction, origin: int, first: int | None
+) -> Iterator[tuple[Packet | None, bool]]:
+    """Mark packets whose slot a later frame takes anyway (`rate` in slots per time base tick). With `first`, earlier
+    slots count as that one: of the frames before it only the last is needed."""
+    window: deque[tuple[Packet | None, int, int]] = deque()  # packet, slot, time stamp
+    latest: dict[int, int] = {}  # of recent slots: time stamp of the last frame
+    unknown = (0, 1 << 63)  # no frame is later
     for packet in packets:
-        window.append(packet)
-        if packet is not None and packet.pts is not None and not (packet.is_discard or packet.is_corrupt):
-            recent.append((slot(Fraction(packet.pts - origin), rate), packet.pts))
+        place = unknown
+        if packet is not None and packet.pts is not None and not packet.is_corrupt:
+            own = slot(packet.pts - origin, rate)
+            own = own if first is None else max(own, first)
+            place = own, packet.pts
+            if not packet.is_discard:
+                latest[own] = max(latest.pop(own, packet.pts), packet.pts)
+                if len(latest) > 2 * LOOKAHEAD:
+                    del latest[next(iter(latest))]
+        window.append((packet, *place))
         if len(window) > LOOKAHEAD:
-            head = window.popleft()
-            yield head, taken(head)
-    for packet in window:
-        yield packet, taken(packet)
+            head, own, pts = window.popleft()
+            yield head, latest.get(own, pts) > pts
+    for head, own, pts in window:
+        yield head, latest.get(own, pts) > pts
 
 
 def side_data(frame: VideoFrame, name: str) -> Any:

@@ -7,6 +7,7 @@ Ctrl-C included, leaves neither a partial file nor the staging file. Nothing is 
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,8 +23,10 @@ def check_output(path: Path, suffixes: Collection[str], force: bool) -> None:
         raise UsageError(f"{path}: is a folder; name a file in it")
     if not path.parent.is_dir():
         raise UsageError(f"{path}: folder {path.parent} does not exist; create it first")
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise UsageError(f"{path}: folder {path.parent} is not writable; choose another folder")
+    try:
+        tempfile.TemporaryFile(dir=path.parent).close()  # asking for permission is not enough: try
+    except OSError as error:
+        raise UsageError(f"{path}: folder {path.parent} is not writable; choose another folder") from error
     if path.exists() and not force:
         raise UsageError(f"{path}: exists already; use --force to replace it")
 

@@ -6,13 +6,15 @@ Contract: what a file is is decided by its content, not its name.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from runtime.geometry import Geometry
 from runtime.images import is_picture, load_image
-from runtime.motion.sources import MotionSettings, understanding_clips
+from runtime.motion.connection import is_live
+from runtime.motion.mpeg4 import MotionSettings
+from runtime.motion.select import SourceName, open_source
 
 
 @dataclass(frozen=True)
@@ -28,9 +30,19 @@ class Media:
     motions: tuple[np.ndarray, ...] | None
 
 
-def load_media(path: Path, geometry: Geometry, max_clips: int) -> Media:
-    """Read `path` for understanding (reference semantics §11). Raises MediaError in one line."""
-    if is_picture(path):
-        return Media((load_image(path),), None)
-    clips = understanding_clips(path, MotionSettings(fps=geometry.fps, rescale=True), max_clips, geometry.frames)
+def load_media(
+    address: str,
+    geometry: Geometry,
+    max_clips: int,
+    source: SourceName = "mpeg4",
+    fallback: Literal["mpeg4"] | None = None,
+) -> Media:
+    """Read a file, or the next clips of a live stream, for understanding (reference semantics §11).
+
+    `source` and `fallback` say where motion comes from (`runtime.motion.select`). Raises MediaError in one line.
+    """
+    if not is_live(address) and is_picture(address):
+        return Media((load_image(address),), None)
+    settings = MotionSettings(fps=geometry.fps, rescale=True)
+    clips = open_source(address, source, settings, fallback).understanding_clips(max_clips, geometry.frames)
     return Media(tuple(c.keyframe for c in clips), tuple(c.grid for c in clips))

@@ -145,7 +145,7 @@ def test_a_crash_while_saving_leaves_the_old_checkpoint(folder: Path, monkeypatc
     def crash(*_: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(checkpoints, "save_file", crash)
+    monkeypatch.setattr(checkpoints, "write_safetensors", crash)
     with pytest.raises(OSError, match="disk full"):
         initialise("shapes", 1).save(folder, force=True)
     assert load(folder).digest == before

@@ -19,7 +19,6 @@ from export.fidelity.registry import FAMILIES, Case, cases, uncovered
 from runtime.errors import CheckpointError
 
 CASES = cases(FOLDER)
-SHARED = FOLDER.parents[3] / "shared" / "golden"
 DOCUMENT = FOLDER.parents[2] / "docs" / "fidelity.md"
 INPUT = "inputs/token_ids_0"
 
@@ -40,14 +39,6 @@ def test_every_family_has_a_file_and_every_backend_it_can_have() -> None:
     networks = {case.path for case in CASES if case.backend == ONNX}
     assert networks == {case.path for case in CASES if case.backend == TORCH and case.path.suffix != ".json"}
     assert {case.path for case in CASES if case.backend == NUMPY} | networks == {case.path for case in CASES}
-
-
-@pytest.mark.skipif(not SHARED.is_dir(), reason="no golden files beside the repository")
-def test_the_shared_files_are_all_here() -> None:
-    names = [p.relative_to(SHARED) for p in SHARED.rglob("*") if p.is_file() and p.suffix != ".md"]
-    assert names
-    assert [n for n in names if not (FOLDER / n).is_file()] == []
-    assert [n for n in names if (FOLDER / n).read_bytes() != (SHARED / n).read_bytes()] == []
 
 
 def test_the_document_has_a_row_for_every_case() -> None:

@@ -19,12 +19,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime import decoding
-from runtime.errors import MediaError, UsageError, VideoLavitError
+from runtime.errors import MediaError, UsageError
 from runtime.frame_rate import Timed, at_rate
-from runtime.motion import selftest, sources
+from runtime.motion import mpeg4, selftest, sources, sparse
 from runtime.motion.commands import motion
 from runtime.motion.grid import macroblock_grid, model_motion
-from runtime.motion.mpeg4 import MotionSettings, VectorDecoder, motion_vectors, reencode, rgb
+from runtime.motion.mpeg4 import MotionSettings, VectorDecoder, encode, motion_vectors, reencode, rgb
+from runtime.motion.sparse import Stretch
 from runtime.video import read_frames
 
 VIDEO = FOLDER.parent / "media" / "video7013.mp4"
@@ -75,14 +76,57 @@ def test_understanding_clips_equal_the_reference():
     assert_close(pixels.std(1), golden.outputs["keyframe_std_rgb"], 0.05)
 
 
-def test_clips_of_a_long_video_are_read_in_a_second_pass(monkeypatch):
-    held = sources.understanding_clips(VIDEO, MotionSettings(), max_clips=2)
-    monkeypatch.setattr(sources, "HELD_BYTES", 0)
-    again = sources.understanding_clips(VIDEO, MotionSettings(), max_clips=2)
-    assert [c.frame_index for c in held] == [c.frame_index for c in again]
-    for a, b in zip(held, again, strict=True):
+@pytest.fixture(scope="module")
+def long_video(zoo):
+    """A minute, with a key frame every two seconds."""
+    return media_zoo.make(zoo / "long.mp4", frames=720, size=(160, 96), rate=12, options={"g": "24"})
+
+
+@pytest.fixture
+def encoded_frames(monkeypatch):
+    """Number of frames in every run of the encoder."""
+    counts = []
+
+    def counted(frames, *arguments):
+        counts.append(0)
+        for packet in encode(frames, *arguments):
+            counts[-1] += 1
+            yield packet
+
+    monkeypatch.setattr(mpeg4, "encode", counted)
+    monkeypatch.setattr(sparse, "encode", counted)
+    return counts
+
+
+def assert_same_clips(found, expected):
+    assert [c.frame_index for c in found] == [c.frame_index for c in expected]
+    for a, b in zip(found, expected, strict=True):
         np.testing.assert_array_equal(a.grid, b.grid)
         np.testing.assert_array_equal(a.keyframe, b.keyframe)
+
+
+def test_clips_that_were_not_held_are_encoded_again_and_alone(monkeypatch, long_video, encoded_frames):
+    held = sources.understanding_clips(long_video, MotionSettings(), max_clips=2)
+    monkeypatch.setattr(sources, "HELD_BYTES", 0)
+    again = sources.understanding_clips(long_video, MotionSettings(), max_clips=2)
+    assert_same_clips(again, held)
+    assert encoded_frames == [360, 360, 36, 60] and all(c.exact for c in again)
+
+
+@pytest.mark.parametrize("damage", ["other frames", "no frames", "error"])
+def test_clips_encoded_again_are_checked(damage, monkeypatch, long_video, encoded_frames):
+    held = sources.understanding_clips(long_video, MotionSettings(), max_clips=2)
+
+    def wrong(source, settings, parts):
+        if damage == "error":
+            raise MediaError("cannot be read from the middle")
+        packets = sparse.encoded(source, settings, parts)
+        return ((index - 1, packet) for index, packet in packets) if damage == "other frames" else iter(())
+
+    monkeypatch.setattr(sources, "HELD_BYTES", 0)
+    monkeypatch.setattr(sources, "encoded", wrong)
+    assert_same_clips(sources.understanding_clips(long_video, MotionSettings(), max_clips=2), held)
+    assert encoded_frames[:2] == [360, 360] and encoded_frames[-1] >= 324  # read as a whole, up to the last clip
 
 
 def test_overlapping_clips_are_cut_alike(monkeypatch, zoo):
@@ -90,9 +134,47 @@ def test_overlapping_clips_are_cut_alike(monkeypatch, zoo):
     held = sources.understanding_clips(path, MotionSettings(), 8, frames_per_clip=40)
     monkeypatch.setattr(sources, "HELD_BYTES", 0)
     again = sources.understanding_clips(path, MotionSettings(), 8, frames_per_clip=40)
-    assert len(held) > 1 and [c.frame_index for c in held] == [c.frame_index for c in again]
-    for a, b in zip(held, again, strict=True):
-        np.testing.assert_array_equal(a.grid, b.grid)
+    assert len(held) > 1
+    assert_same_clips(again, held)
+
+
+def test_sparse_clips_equal_those_of_the_whole_video(long_video, encoded_frames):
+    whole = sources.understanding_clips(long_video, MotionSettings(), max_clips=3)
+    found = sources.understanding_clips(long_video, MotionSettings(sparse=True), max_clips=3)
+    assert_same_clips(found, whole)
+    assert encoded_frames == [360, 36, 60, 60]
+    assert all(c.exact for c in whole) and not any(c.exact for c in found)
+
+
+def test_sparse_reads_a_short_or_untimed_video_as_a_whole(zoo):
+    for path in (VIDEO, media_zoo.make(zoo / "untimed.h264", frames=400, rate=6)):
+        found = sources.understanding_clips(path, MotionSettings(sparse=True), max_clips=2)
+        assert_same_clips(found, sources.understanding_clips(path, MotionSettings(), max_clips=2))
+        assert all(c.exact for c in found)
+
+
+def test_sparse_keeps_its_places_where_a_cut_moves_the_groups(zoo):
+    path = media_zoo.make(zoo / "moved.mp4", frames=300, rate=6, cut=103)
+    whole = sources.understanding_clips(path, MotionSettings(), max_clips=2)
+    found = sources.understanding_clips(path, MotionSettings(sparse=True), max_clips=2)
+    assert [c.frame_index for c in whole] == [12, 259]
+    assert [c.frame_index for c in found] == [12, 276] and not any(c.exact for c in found)
+
+
+@pytest.mark.parametrize(
+    ("starts", "warm_up", "expected"),
+    [
+        ([12], 36, [(0, 36, (12,))]),
+        ([120], 36, [(84, 144, (120,))]),
+        ([120], 30, [(84, 144, (120,))]),  # back to a key frame
+        ([120], 0, [(120, 144, (120,))]),
+        ([120, 168], 36, [(84, 192, (120, 168))]),  # they meet
+        ([120, 288], 36, [(84, 144, (120,)), (252, 300, (288,))]),
+    ],
+)
+def test_stretches(starts, warm_up, expected):
+    found = sparse.stretches(starts, 24, warm_up, range(0, 300, 12), 300)
+    assert [(s.first, s.last, s.starts) for s in found] == expected
 
 
 def test_reconstruction_clips_are_consecutive_and_lazy():
@@ -164,60 +246,6 @@ def test_slices_change_vectors_only():
     np.testing.assert_array_equal(one[12].image, three[12].image)
 
 
-# frames, kind of file -> frames at 6 per second. Counts and choices were compared with the ffmpeg command line.
-VFR = [0, 20, 50, 55, 60, 300, 310, 800, 810, 1600, 1650, 1700, 1710, 1720, 2500]
-X265 = {"x265-params": "log-level=none"}
-ZOO = {
-    "ntsc.mp4": ({"rate": Fraction(24000, 1001)}, 15),
-    "fast.mp4": ({"rate": Fraction(60000, 1001), "frames": 100}, 10),
-    "slow.mp4": ({"rate": 3, "frames": 12}, 24),
-    "odd.mkv": ({"size": (97, 63), "codec": "ffv1"}, 12),
-    "odd444.mkv": ({"size": (97, 63), "codec": "ffv1", "pix_fmt": "yuv444p"}, 12),
-    "vfr.mkv": ({"frames": len(VFR), "times": VFR}, 15),
-    "late.mp4": ({"frames": 30, "times": [1500 + 33 * i for i in range(30)], "audio": True}, 15),
-    "late_alone.mkv": ({"frames": 30, "times": [1500 + 33 * i for i in range(30)]}, 6),
-    "stream.ts": ({"audio": True}, 12),
-    "program.mpg": ({"codec": "mpeg2video", "rate": 25}, 14),
-    "no_time_stamps.h264": ({"rate": 25}, 14),
-    "old.avi": ({"codec": "mpeg4", "options": {"bf": "2"}}, 12),
-    "full_range.avi": ({"codec": "mjpeg", "pix_fmt": "yuvj420p"}, 12),
-    "ten_bit.mp4": ({"codec": "libx265", "pix_fmt": "yuv420p10le", "options": X265}, 12),
-    "alpha.mkv": ({"codec": "ffv1", "pix_fmt": "bgra"}, 12),
-    "moving.gif": ({"codec": "gif", "pix_fmt": "rgb8", "rate": 10, "frames": 20}, 12),
-    "portrait.webm": ({"codec": "libvpx-vp9", "size": (48, 112), "frames": 20, "rate": 10}, 12),
-}
-
-
-@pytest.mark.parametrize("name", ZOO)
-def test_zoo(name, zoo):
-    given_, count = ZOO[name]
-    path = media_zoo.make(zoo / name, **given_)
-    frames = list(sources.frames(path, MotionSettings(), images=True))
-    width, height = given_.get("size", (96, 64))
-    assert len(frames) == count
-    assert frames[0].kind == "I" and frames[0].grid is None
-    assert frames[0].image.shape == (height, width, 3)
-    first = frames[0].image.astype(int)
-    assert min(np.abs(first - media_zoo.scene(i, width, height)).mean() for i in range(10)) < 8
-    moving = [f.grid for f in frames if f.grid is not None]
-    assert all(g.shape == (2, -(-height // 16), -(-width // 16)) and np.isfinite(g).all() for g in moving)
-    clips = sources.understanding_clips(path, MotionSettings())
-    assert clips[0].grid.shape == (24, *moving[0].shape) and not clips[0].grid[count - clips[0].frame_index :].any()
-
-
-@pytest.mark.parametrize("mirrored", [False, True])
-@pytest.mark.parametrize("degrees", [0, 90, 180, 270])
-def test_rotation_comes_before_everything(degrees, mirrored, zoo):
-    path = media_zoo.rotated(zoo / f"turned{degrees}{mirrored}.mp4", degrees, mirrored, frames=10, rate=6)
-    shown = media_zoo.scene(0, 96, 64)
-    shown = np.rot90(shown, -degrees // 90)
-    if mirrored:  # the header's matrix mirrors x after the turn
-        shown = shown[:, ::-1]
-    for image in (next(sources.frames(path, MotionSettings(), images=True)).image, next(read_frames(path))):
-        assert image.shape == shown.shape
-        assert np.abs(image.astype(int) - shown).mean() < 8
-
-
 def test_motion_points_where_things_move(zoo):
     path = media_zoo.make(zoo / "drift.mp4", frames=30, rate=6)
     grids = [f.grid for f in sources.frames(path, MotionSettings()) if f.grid is not None]
@@ -236,102 +264,8 @@ def test_rate_fills_each_slot_with_the_latest_frame(times, rate):
         assert index == max(i for i, n in enumerate(nearest) if n <= max(slot_, nearest[0]))
 
 
-def damaged(zoo, name, data):
-    path = zoo / name
-    path.write_bytes(data)
-    return path
-
-
-@pytest.mark.parametrize(
-    ("name", "data", "says"),
-    [
-        ("empty.mp4", b"", "is empty"),
-        ("zeros.mp4", bytes(5000), "not a video"),
-        ("text.mp4", b"This is not a video at all.\n" * 50, "not a video"),
-        ("notes.txt", b"plain text\n" * 50, "no video stream"),
-        ("noise.mp4", np.random.default_rng(0).bytes(20000), "not a video"),
-        ("header.mp4", VIDEO.read_bytes()[:40], "not a video"),
-        ("list.m3u8", b"#EXTM3U\n#EXTINF:1,\nhttp://127.0.0.1:9/a.ts\n#EXT-X-ENDLIST\n", "list.m3u8"),
-    ],
-)
-def test_unusable_files_say_why(name, data, says, zoo):
-    path = damaged(zoo, name, data)
-    with pytest.raises(MediaError, match=says) as caught:
-        list(sources.frames(path, MotionSettings()))
-    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_missing_folder_audio_and_pictures_say_why(zoo):
-    picture = zoo / "picture.png"
-    with av.open(str(picture), "w") as container:
-        stream = container.add_stream("png", rate=1)
-        stream.width, stream.height, stream.pix_fmt = 32, 32, "rgb24"
-        container.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24")))
-        container.mux(stream.encode(None))
-    cases = {
-        zoo / "nowhere.mp4": "no such file",
-        zoo: "is not a file",
-        media_zoo.audio_only(zoo / "sound.mp4"): "has no video stream",
-        picture: "is a picture",
-        media_zoo.make(zoo / "one.mp4", frames=1): "too short.*1 frames at 6",
-    }
-    for path, says in cases.items():
-        with pytest.raises(MediaError, match=says):
-            sources.understanding_clips(path, MotionSettings())
-    with pytest.raises(MediaError, match="24 frames at 6"):
-        next(sources.reconstruction_clips(zoo / "one.mp4", MotionSettings()))
-
-
-def test_cover_art_is_not_video(zoo):
-    path = zoo / "song.mp4"
-    with av.open(str(path), "w") as container:
-        sound = container.add_stream("aac", rate=8000)
-        cover = container.add_stream("mjpeg", rate=1)
-        cover.width, cover.height, cover.pix_fmt = 32, 32, "yuvj420p"
-        cover.disposition = av.stream.Disposition.attached_pic.value
-        container.mux(cover.encode(av.VideoFrame(32, 32, "yuvj420p")))
-        container.mux(cover.encode(None))
-        for packet in media_zoo._silence(sound, 5):
-            container.mux(packet)
-    with pytest.raises(MediaError, match="has no video stream"):
-        list(sources.frames(path, MotionSettings()))
-
-
-def test_huge_frames_are_refused(zoo):
-    path = media_zoo.make(zoo / "wide.mkv", frames=1, size=(8208, 16), codec="ffv1")
-    with pytest.raises(MediaError, match="8208x16 is too large"):
-        list(sources.frames(path, MotionSettings()))
-
-
-def test_leaping_time_stamps_are_refused(zoo):
-    path = media_zoo.make(zoo / "leap.mkv", frames=3, times=[0, 100, 10**9])
-    with pytest.raises(MediaError, match=r"no frame for .* s after"):
-        list(sources.frames(path, MotionSettings()))
-
-
-def outcome(path):
-    try:
-        return len(list(sources.frames(path, MotionSettings())))
-    except VideoLavitError as error:
-        assert "\n" not in str(error) and str(path) in str(error)
-        return error
-
-
-@pytest.mark.parametrize("suffix", [".mkv", ".ts", ".mp4"])
-def test_truncated_and_flipped_files_end_in_a_result_or_one_error(suffix, zoo):
-    whole = media_zoo.make(zoo / f"whole{suffix}", frames=60, audio=suffix == ".ts").read_bytes()
-    rng = np.random.default_rng(3)
-    results = []
-    for k in range(8):
-        results.append(outcome(damaged(zoo, f"cut{k}{suffix}", whole[: len(whole) * k // 8])))
-        flipped = np.frombuffer(whole, np.uint8).copy()
-        flipped[rng.integers(0, len(whole), 2**k)] ^= 1 << k
-        results.append(outcome(damaged(zoo, f"flipped{k}{suffix}", flipped.tobytes())))
-    assert any(isinstance(r, int) and r > 0 for r in results)
-
-
 def test_settings_are_checked():
-    for wrong in ({"fps": 0}, {"fps": 5000}, {"slices": 0}, {"slices": 17}):
+    for wrong in ({"fps": 0}, {"fps": 5000}, {"slices": 0}, {"slices": 17}, {"warm_up": -1}):
         with pytest.raises(UsageError):
             MotionSettings(**wrong)
 

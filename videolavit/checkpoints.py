@@ -1,32 +1,37 @@
-"""The project's own checkpoint folder: configuration, tokenizer, one safetensors file per component.
+"""Checkpoints: a model's configuration, tokenizer and weights, wherever they come from.
 
-Contract: a folder holds `config.json` (strict: an unknown key is an error), `tokenizer.model` and
-`COMPONENT.safetensors` for every name in `videolavit.models.components.COMPONENTS`. Weights are stored as float16
-where that loses nothing and as float32 otherwise, so saving never changes a value. Reading goes through safetensors
-only: nothing is unpickled. `save` fills a staging folder and publishes it by rename: a crash leaves the old
-checkpoint or none.
+Contract: `load` takes the project's own folder or an official snapshot (`videolavit.snapshot`). The own folder holds
+`config.json` (strict: an unknown key is an error), `tokenizer.model` and `COMPONENT.safetensors` for every name in
+`videolavit.models.components.COMPONENTS`, and `understanding/COMPONENT.safetensors` when the model was fine-tuned for
+that task. Weights in 16 bits are stored as they are, others as float16 where that loses nothing, so saving never
+changes a value. Nothing is unpickled. `save` fills a staging folder tensor by tensor and publishes it by rename: a
+crash leaves the old checkpoint or none.
 
-Where weights come from is a `Weights` object; a folder and a seed are two of them, another layout is another class.
+Where weights come from is a `Weights` object; a folder, a snapshot and a seed are three of them.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import msgspec
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from runtime.bundle import publish
 from runtime.errors import CheckpointError, UsageError
+from runtime.progress import Observer, Progress, ignore
 from videolavit.config import PRESETS, ModelConfig
+from videolavit.inventory import FINE_TUNED, UNDERSTANDING, for_task, inventory, module_of
 from videolavit.models.components import COMPONENTS, build
+from videolavit.safetensors_writer import write_safetensors
+from videolavit.snapshot import Snapshot, SnapshotError, is_snapshot, read_snapshot
 
 FORMAT = 1
 CONFIG = "config.json"
@@ -43,53 +48,123 @@ class Weights(Protocol):
         """(name, float32 tensor) pairs of one component in the order of their names."""
 
 
-class Checkpoint:
-    """A model: `config`, `trained` (False: random weights), `tokenizer` (the sentencepiece file's bytes), weights."""
+@runtime_checkable
+class StoredWeights(Weights, Protocol):
+    """A source that knows in which type weights were stored."""
 
-    def __init__(self, config: ModelConfig, *, trained: bool, tokenizer: bytes, weights: Weights) -> None:
+    def stored(self, component: str) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor as it is stored) pairs of one component in the order of their names."""
+
+
+class Checkpoint:
+    """A model.
+
+    Attributes:
+        config: sizes and settings.
+        trained: False for random weights.
+        tokenizer: the sentencepiece file's bytes.
+        weights: where tensors come from.
+        components: names of all components, those of the fine-tuned understanding model included.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        trained: bool,
+        tokenizer: bytes,
+        weights: Weights,
+        components: Sequence[str] = tuple(COMPONENTS),
+    ) -> None:
         self.config = config
         self.trained = trained
         self.tokenizer = tokenizer
         self.weights = weights
-        self._modules: dict[str, nn.Module] = {}
+        self.components = tuple(components)
+        self._modules: dict[str, nn.Module] = {}  # by the names of `components`
+        self._names: dict[str, str] = {}  # where this object has other names for them
+
+    def resolve(self, name: str, task: str | None = None) -> str:
+        """Component that `task` uses as `name`: its own copy where the model has one."""
+        own = for_task(name, task) if task else name
+        return own if own in self.components else name
+
+    def for_task(self, task: str) -> Checkpoint:
+        """This model as `task` sees it: the task's own components under the common names. Modules are shared."""
+        seen = copy.copy(self)
+        names = {name: self.resolve(name, task) for name in COMPONENTS}
+        seen.weights = _RenamedWeights(self.weights, names)
+        seen.components = tuple(COMPONENTS)
+        seen._names = names
+        return seen
 
     def component(self, name: str) -> nn.Module:
         """Component `name` with its weights, in eval mode, float32, without gradients; built once.
 
-        Raises CheckpointError with every missing, unexpected and mis-shaped tensor in one report.
+        The weights are in memory once; what is stored in float32 stays in its mapped file until it is used. Raises
+        CheckpointError with every missing, unexpected and mis-shaped tensor in one report.
         """
-        if name not in self._modules:
+        held = self._names.get(name, name)
+        if held not in self._modules:
+            from accelerate import init_empty_weights  # type: ignore[import-untyped]
+
             state = dict(self.weights.tensors(name))
-            _check_fit(name, state, _inventory(self.config, name))
-            module = build(self.config, name)
-            module.load_state_dict(state)
-            self._modules[name] = module.eval().requires_grad_(False)
-        return self._modules[name]
+            _check_fit(held, state, inventory(self.config, name))
+            with init_empty_weights(include_buffers=False):
+                module = build(self.config, module_of(name))
+            module.load_state_dict(state, assign=True)
+            self._modules[held] = module.eval().requires_grad_(False)
+        return self._modules[held]
+
+    def release(self, *keep: str) -> None:
+        """Forget built components except those named, so that their memory can be used for others."""
+        for name in self._modules.keys() - set(keep):
+            del self._modules[name]
 
     @cached_property
     def digest(self) -> str:
         """SHA-256 over names, shapes and float32 values of all weights; the same however they are stored."""
         digest = hashlib.sha256()
-        for component in COMPONENTS:
+        for component in self.components:
             for name, tensor in self.weights.tensors(component):
                 digest.update(f"{component}/{name} {list(tensor.shape)}\n".encode())
                 digest.update(tensor.contiguous().numpy().data)
         return digest.hexdigest()
 
-    def save(self, folder: Path, *, force: bool = False) -> None:
-        """Write the checkpoint to `folder`.
+    def save(self, folder: Path, *, force: bool = False, observer: Observer = ignore) -> None:
+        """Write the checkpoint to `folder`; one tensor at a time is in memory, `observer` is told of each component.
 
-        Raises UsageError when `folder` exists and `force` is not given, or when it is not a checkpoint.
+        Raises UsageError when `folder` exists and `force` is not given, or when it is not a checkpoint, and
+        CheckpointError when weights do not fit the configuration.
         """
         with publish(folder, replace=force, marker=CONFIG, kind="a checkpoint") as staging:
             header = {"format": FORMAT, "trained": self.trained, "model": self.config}
             (staging / CONFIG).write_bytes(msgspec.json.format(msgspec.json.encode(header), indent=2) + b"\n")
             (staging / TOKENIZER).write_bytes(self.tokenizer)
-            for component in COMPONENTS:
-                stored = {name: _smallest(tensor) for name, tensor in self.weights.tensors(component)}
+            for count, component in enumerate(self.components, 1):
                 path = staging / f"{component}.safetensors"
-                save_file(stored, path)
-                path.chmod(0o644)  # safetensors writes for the owner alone
+                path.parent.mkdir(exist_ok=True)
+                shapes = dict(sorted(inventory(self.config, component).items()))
+                write_safetensors(path, shapes, self._smallest(component))
+                observer(Progress("save", count, len(self.components)))
+
+    def _smallest(self, component: str) -> Iterator[tuple[str, Tensor]]:
+        """A component's tensors in the smallest type that keeps their values."""
+        source = self.weights
+        stored = source.stored(component) if isinstance(source, StoredWeights) else source.tensors(component)
+        for name, tensor in stored:
+            yield name, tensor if tensor.dtype.itemsize == 2 else _smallest(tensor)
+
+
+class _RenamedWeights:
+    """Weights under other component names."""
+
+    def __init__(self, weights: Weights, names: dict[str, str]) -> None:
+        self._weights = weights
+        self._names = names
+
+    def tensors(self, component: str) -> Iterator[tuple[str, Tensor]]:
+        return self._weights.tensors(self._names[component])
 
 
 def initialise(preset: str, seed: int) -> Checkpoint:
@@ -110,13 +185,19 @@ def initialise(preset: str, seed: int) -> Checkpoint:
 
 
 def load(folder: Path) -> Checkpoint:
-    """The checkpoint in `folder`; weights are read when a component is asked for.
+    """The checkpoint or official snapshot in `folder`; weights are read when a component is asked for.
 
-    Raises CheckpointError for a folder that is no checkpoint, lacks files, or has keys this version does not know.
+    Raises CheckpointError for a folder that is neither, lacks files, or has keys this version does not know; for a
+    snapshot it is a SnapshotError whose report has every problem of every file.
     """
+    if is_snapshot(folder):
+        return from_snapshot(read_snapshot(folder))
     path = folder / CONFIG
     if not path.is_file():
-        raise CheckpointError(f"{folder}: no checkpoint, there is no {CONFIG} in it; make one with `videolavit init`")
+        raise CheckpointError(
+            f"{folder}: no checkpoint, there is no {CONFIG} in it and no file of an official snapshot; "
+            "make one with `videolavit init`"
+        )
     try:
         raw = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
         if raw.get("format") != FORMAT:
@@ -127,11 +208,31 @@ def load(folder: Path) -> Checkpoint:
         raise CheckpointError(f"{path}: {error}") from error
     if unknown:
         raise CheckpointError(f"{path}: unknown keys {', '.join(unknown)}; remove them")
-    missing = [name for name in (TOKENIZER, *(f"{c}.safetensors" for c in COMPONENTS)) if not (folder / name).is_file()]
+    own = tuple(for_task(name) for name in FINE_TUNED) if (folder / UNDERSTANDING).is_dir() else ()
+    components = (*COMPONENTS, *own)
+    missing = [name for name in (TOKENIZER, *(f"{c}.safetensors" for c in components)) if not (folder / name).is_file()]
     if missing:
         raise CheckpointError(f"{folder}: {', '.join(missing)} missing; copy the checkpoint whole")
-    tokenizer = (folder / TOKENIZER).read_bytes()
-    return Checkpoint(header.model, trained=header.trained, tokenizer=tokenizer, weights=FolderWeights(folder))
+    return Checkpoint(
+        header.model,
+        trained=header.trained,
+        tokenizer=(folder / TOKENIZER).read_bytes(),
+        weights=FolderWeights(folder),
+        components=components,
+    )
+
+
+def from_snapshot(snapshot: Snapshot) -> Checkpoint:
+    """The model of an official snapshot. Raises SnapshotError when a file of it is missing, damaged or does not fit."""
+    if not snapshot.report.usable:
+        raise SnapshotError(snapshot.report)
+    return Checkpoint(
+        snapshot.config,
+        trained=True,
+        tokenizer=snapshot.tokenizer,
+        weights=snapshot.weights,
+        components=snapshot.components,
+    )
 
 
 class FolderWeights:
@@ -141,11 +242,14 @@ class FolderWeights:
         self._folder = folder
 
     def tensors(self, component: str) -> Iterator[tuple[str, Tensor]]:
+        return ((name, tensor.float()) for name, tensor in self.stored(component))
+
+    def stored(self, component: str) -> Iterator[tuple[str, Tensor]]:
         path = self._folder / f"{component}.safetensors"
         try:
             with safe_open(path, "pt") as file:
                 for name in sorted(file.keys()):
-                    yield name, file.get_tensor(name).float()
+                    yield name, file.get_tensor(name)
         except SafetensorError as error:
             raise CheckpointError(f"{path}: not a readable safetensors file ({error}); copy it again") from error
 
@@ -161,7 +265,7 @@ class RandomWeights:
         self._seed = seed
 
     def tensors(self, component: str) -> Iterator[tuple[str, Tensor]]:
-        for name, shape in sorted(_inventory(self._config, component).items()):
+        for name, shape in sorted(inventory(self._config, component).items()):
             key = hashlib.sha256(f"{self._seed}/{component}/{name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(key[:7], "big"))
             noise = torch.randn(shape, generator=generator)
@@ -195,13 +299,7 @@ def _unknown_keys(raw: Any, known: Any, where: str) -> list[str]:
     return unknown
 
 
-def _inventory(config: ModelConfig, component: str) -> dict[str, torch.Size]:
-    """Name and shape of every tensor of a component; allocates nothing."""
-    with torch.device("meta"):
-        return {name: tensor.shape for name, tensor in build(config, component).state_dict().items()}
-
-
-def _check_fit(component: str, state: dict[str, Tensor], expected: dict[str, torch.Size]) -> None:
+def _check_fit(component: str, state: dict[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
     wrong = [
         f"{name} is {list(state[name].shape)}, must be {list(shape)}"
         for name, shape in expected.items()

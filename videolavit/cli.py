@@ -27,7 +27,9 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "inspect": ("runtime.commands.inspect", "inspect", "Show what is in a bundle, or how a file was made."),
     "doctor": ("runtime.commands.doctor", "doctor", "Say what works on this machine and what to install."),
     "init": ("videolavit.commands", "init", "Write a checkpoint with random weights."),
+    "convert": ("videolavit.commands", "convert", "Check official weights, or rewrite them as a checkpoint."),
     "export": ("export.commands", "export", "Turn a checkpoint into an engine bundle."),
+    "fidelity": ("export.fidelity.command", "fidelity", "Compare the model with golden numbers of the reference."),
     "verify": ("export.commands", "verify", "Compare a bundle with its checkpoint in torch."),
 }
 

@@ -6,8 +6,7 @@ Contract: the answer is the only thing on stdout. With `--chat` every line typed
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -18,22 +17,32 @@ from runtime.requests import AnswerRequest
 
 
 @click.command()
-@click.argument("media", type=click.Path(path_type=Path))
+@click.argument("media")
 @click.argument("question", required=False)
 @click.option("--chat", is_flag=True, help="Ask one question after another about the same file.")
 @click.option("--max-answer-tokens", type=int, help="Longest answer, in tokens.")
 @click.option("--max-clips", type=click.IntRange(1, 64), help="Look at this many clips of a video at most.")
+@click.option(
+    "--source",
+    type=click.Choice(["mpeg4", "codec", "nvdec"]),
+    default="mpeg4",
+    show_default=True,
+    help="Where a video's motion comes from; see `videolavit motion --help`.",
+)
+@click.option("--fallback", type=click.Choice(["mpeg4"]), help="Use this where --source cannot.")
 @click.option("--sample", is_flag=True, help="Sample the answer; without, the likeliest tokens are taken.")
 @seed_option
 @sampling_options
 @click.option("--json", "as_json", is_flag=True, help="Events and result as JSON lines on stdout.")
 @model_options
 def ask(
-    media: Path,
+    media: str,
     question: str | None,
     chat: bool,
     max_answer_tokens: int | None,
     max_clips: int | None,
+    source: Literal["mpeg4", "codec", "nvdec"],
+    fallback: Literal["mpeg4"] | None,
     sample: bool,
     seed: int | None,
     greedy: bool,
@@ -44,7 +53,7 @@ def ask(
     provider: str,
     **settings: Any,
 ) -> None:
-    """Ask QUESTION about MEDIA, a video or a picture."""
+    """Ask QUESTION about MEDIA: a video, a picture, or a live stream such as rtsp://camera/1."""
     if question is None and not chat:
         raise UsageError('QUESTION is missing: ask something, for example "what moves?", or add --chat')
     if sample and greedy:
@@ -63,7 +72,7 @@ def ask(
 
         # Reading the file first: a mistake in its name answers before a model is loaded.
         manifest = Bundle.open(find(bundle), check_hashes=False).manifest
-        seen = load_media(media, manifest.geometry, max_clips or manifest.defaults.max_clips)
+        seen = load_media(media, manifest.geometry, max_clips or manifest.defaults.max_clips, source, fallback)
         request = replace(request, pictures=seen.pictures, motions=seen.motions)
         with open_pipeline(
             report, bundle=bundle, memory_budget=memory_budget, threads=threads, provider=provider

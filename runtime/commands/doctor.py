@@ -71,6 +71,15 @@ def _video() -> Finding:
     )
 
 
+def _nvdec() -> Finding:
+    from runtime.motion.nvdec import problem
+
+    found = problem()
+    if found is not None:
+        return Finding("missing", "nvdec", found)
+    return Finding("ok", "nvdec", "PyNvVideoCodec loads; the first video shows whether the driver exports vectors")
+
+
 def _bundle() -> Finding:
     from runtime.bundle import Bundle, find
 
@@ -89,6 +98,7 @@ CHECKS: tuple[Callable[[], Finding], ...] = (
     _library("tensorrt", "videolavit[tensorrt]", "TensorRT engines"),
     _library("tensorrt_rtx", "videolavit[tensorrt-rtx]", "TensorRT-RTX engines"),
     _video,
+    _nvdec,
     _bundle,
     _library("torch", "videolavit[export]", "export, verify and training"),
 )

@@ -7,7 +7,9 @@ Contract: the file loads with `numpy.load(path)` and no pickle. Its arrays, for 
 - `times` float64 [N]: seconds from the start of the video;
 - `size` int64 [2]: width and height, pixels;
 - `deviation` float64 [2]: grids times this are shares of (width, height) per frame;
-- `source`, `settings` strings: name of the video file, and how it was read, as JSON.
+- `source`, `settings` strings: name of the video file or stream, and how it was read, as JSON;
+- `motion_source` string and `exact` bool: `mpeg4`, `codec` or `nvdec` (`runtime.motion.select`), and whether the motion
+  is that of the model's training encoder or only resembles it.
 
 Grids go through a file on the way, so memory does not grow with the length of the video.
 """
@@ -28,6 +30,7 @@ import numpy as np
 from runtime.files import check_output, published, writing
 from runtime.motion.grid import deviation, grid_shape
 from runtime.motion.mpeg4 import MotionSettings
+from runtime.motion.select import MotionSource
 from runtime.motion.sources import MotionFrame
 
 SUFFIXES = (".npz",)
@@ -50,8 +53,8 @@ class MotionArchive:
         self._types.append(frame.kind)
         self._times.append(frame.time_s)
 
-    def write(self, target: Path, source: Path, settings: MotionSettings) -> None:
-        """Write everything added so far to `target`."""
+    def write(self, target: Path, name: str, settings: MotionSettings, source: MotionSource) -> None:
+        """Write everything added so far to `target`; `name` is the video's, `source` gave the frames."""
         shape = (len(self._types), 2, *grid_shape(*self._size))
         settings_ = {"fps": str(settings.rate), "slices": settings.slices, "rescale": settings.rescale}
         small = {
@@ -59,7 +62,9 @@ class MotionArchive:
             "times": np.array(self._times, dtype=np.float64),
             "size": np.array(self._size, dtype=np.int64),
             "deviation": deviation(settings.rescale),
-            "source": np.array(source.name),
+            "source": np.array(name),
+            "motion_source": np.array(source.name),
+            "exact": np.array(source.exact),
             "settings": np.array(json.dumps(settings_)),
         }
         with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -74,11 +79,13 @@ class MotionArchive:
 
 
 @contextmanager
-def open_archive(path: Path, source: Path, settings: MotionSettings, force: bool) -> Iterator[MotionArchive]:
+def open_archive(
+    path: Path, name: str, settings: MotionSettings, source: MotionSource, force: bool
+) -> Iterator[MotionArchive]:
     """Yield an archive to add frames to; `path` appears when the block succeeds. UsageError if it cannot be written."""
     check_output(path, SUFFIXES, force)
     with TemporaryFile(dir=path.parent) as grids:
         archive = MotionArchive(grids)
         yield archive
         with published(path) as staging, writing(path):
-            archive.write(staging, source, settings)
+            archive.write(staging, name, settings, source)

@@ -1,13 +1,17 @@
-"""The `motion` command: read, store and draw a video's motion vectors.
+"""The `motion` command: read, store and draw the motion vectors of a video or a live stream.
 
-Contract: one pass over the video; the summary goes to stdout, files appear complete or not at all.
+Contract: one pass over the video; the summary goes to stdout, files appear complete or not at all. A live stream ends
+with `--duration`, with Ctrl-C or when it is lost; what was read until then is kept.
 """
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing, contextmanager
 from fractions import Fraction
+from itertools import takewhile
 from math import atan2, degrees
 from pathlib import Path
 from typing import Any, Literal
@@ -19,13 +23,15 @@ from rich.table import Table
 
 from runtime.commands.options import output_options
 from runtime.commands.report import Report
-from runtime.errors import UsageError
+from runtime.errors import MediaError, UsageError
 from runtime.files import check_output
 from runtime.motion.archive import MotionArchive, open_archive
+from runtime.motion.connection import shown
 from runtime.motion.grid import to_pixels
 from runtime.motion.mpeg4 import MotionSettings
 from runtime.motion.overlay import draw
-from runtime.motion.sources import MotionFrame, frames
+from runtime.motion.select import SOURCES, LiveMotion, MotionSource, SourceName, open_source
+from runtime.motion.sources import MotionFrame
 from runtime.progress import Progress
 from runtime.video import SUFFIXES, write_video
 
@@ -48,7 +54,7 @@ class Slices(click.ParamType):
 
 
 @click.command()
-@click.argument("video", type=click.Path(path_type=Path))
+@click.argument("video")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Store grids, frame types and times (.npz).")
 @click.option("--overlay", type=click.Path(path_type=Path), help="Draw arrows and key-frame marks (.mp4 or .gif).")
 @click.option(
@@ -65,38 +71,107 @@ class Slices(click.ParamType):
     show_default=True,
     help="Slices of a re-encoded frame; `auto` is what the ffmpeg command line takes on this machine.",
 )
+@click.option(
+    "--source",
+    "source_name",
+    type=click.Choice(SOURCES),
+    default="mpeg4",
+    show_default=True,
+    help="Re-encode as for training (exact), take the vectors the video carries (approximate), or those of NVIDIA's "
+    "hardware decoder (approximate).",
+)
+@click.option("--fallback", type=click.Choice(["mpeg4"]), help="What to use where --source finds no vectors.")
+@click.option("--duration", type=click.FloatRange(0, min_open=True), help="Stop after this many seconds of video.")
 @output_options
 def motion(
-    video: Path,
+    video: str,
     output: Path | None,
     overlay: Path | None,
     fps: float,
     slices: int | Literal["auto"],
+    source_name: SourceName,
+    fallback: Literal["mpeg4"] | None,
+    duration: float | None,
     force: bool,
     as_json: bool,
 ) -> None:
     """Read the motion vectors of VIDEO and print a summary.
 
-    The video is brought to --fps and re-encoded in memory, as the model's training data was.
+    VIDEO is a file, or a live stream: an rtsp, udp, tcp or http address, pipe:0, a named pipe, or a camera such as
+    /dev/video0. It is brought to --fps and re-encoded in memory, as the model's training data was, unless --source
+    says otherwise.
     """
     settings = MotionSettings(fps=Fraction(fps).limit_denominator(1001), slices=slices)
     if output is not None and overlay is not None and output.resolve() == overlay.resolve():
         raise UsageError(f"--overlay {overlay}: is the same file as --output; choose another name")
     if overlay is not None:
         check_output(overlay, SUFFIXES, force)
+    source = open_source(video, source_name, settings, fallback)
+    name = shown(video) if isinstance(source, LiveMotion) else Path(video).name
     summary = Summary()
     with Report(as_json) as report, ExitStack() as stack:
-        archive = stack.enter_context(open_archive(output, video, settings, force)) if output is not None else None
-        read = _watched(frames(video, settings, images=overlay is not None), summary, archive, report, settings)
+        archive = None
+        if output is not None:
+            archive = stack.enter_context(open_archive(output, name, settings, source, force))
+        frames = stack.enter_context(closing(source.frames(images=overlay is not None)))  # type: ignore[type-var]
+        wanted: Iterator[MotionFrame] = takewhile(lambda frame: duration is None or frame.time_s < duration, frames)
+        if isinstance(source, LiveMotion):
+            wanted = _until_lost(wanted, report)
+            stack.enter_context(_ending_on_ctrl_c(source))
+        read = _watched(wanted, summary, archive, report, settings)
         if overlay is not None:
-            metadata = {"source": video.name, "fps": str(settings.rate), "slices": str(slices)}
+            metadata = {"source": name, "fps": str(settings.rate), "slices": str(slices), "motion_source": source.name}
             write_video(overlay, (draw(f, settings.rescale) for f in read), settings.rate, metadata, force)
         else:
             for _ in read:
                 pass
-    values = summary.values()
+        if source.name != source_name:
+            report.note(f"{name}: --source {source_name} finds no vectors there; read with {source.name}")
+    values = summary.values() | {"motion_source": source.name, "exact": source.exact} | _losses(source)
     files = {name: str(path) for name, path in (("output", output), ("overlay", overlay)) if path is not None}
-    report.result(_table(video, values | files), source=str(video), fps=float(settings.rate), **values, **files)
+    shown_as = name if isinstance(source, LiveMotion) else video
+    report.result(_table(name, values | files), source=shown_as, fps=float(settings.rate), **values, **files)
+
+
+def _until_lost(frames: Iterator[MotionFrame], report: Report) -> Iterator[MotionFrame]:
+    """The frames of a live stream until it is lost for good; MediaError if there is none."""
+    found = False
+    try:
+        for frame in frames:
+            found = True
+            yield frame
+    except MediaError as error:
+        if not found:
+            raise
+        report.note(str(error))
+    if not found:
+        raise MediaError("stopped before the first frame came")
+
+
+@contextmanager
+def _ending_on_ctrl_c(source: LiveMotion) -> Iterator[None]:
+    """The first Ctrl-C ends the stream, so that what was read is stored; the second one stops the command."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are the main thread's business
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def end(number: int, frame: object) -> None:
+        signal.signal(signal.SIGINT, before)
+        source.stream.end()
+
+    signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _losses(source: MotionSource) -> dict[str, int]:
+    if not isinstance(source, LiveMotion):
+        return {}
+    statistics = source.stream.statistics
+    return {name: getattr(statistics, name) for name in ("connections", "corrupt", "skipped", "dropped")}
 
 
 def _watched(
@@ -151,16 +226,23 @@ class Summary:
         }
 
 
-def _table(video: Path, values: dict[str, Any]) -> str:
-    table = Table(title=video.name, show_header=False, title_justify="left")
+def _table(name: str, values: dict[str, Any]) -> str:
+    table = Table(title=name, show_header=False, title_justify="left")
     x, y = values["mean_motion"]
     rows = {
+        "source": f"{values['motion_source']} ({'exact' if values['exact'] else 'approximate'})",
         "frames": f"{values['frames']} ({values['width']}x{values['height']})",
         "I frames": str(values["i_frames"]),
         "mean speed": f"{values['mean_speed']:.2f} px/frame",
         "mean motion": f"x {x:+.2f}, y {y:+.2f} px/frame",
         "direction": values["direction"],
-    } | {name: values[name] for name in ("output", "overlay") if name in values}
+    }
+    if "connections" in values:
+        rows["stream"] = (
+            f"{values['connections']} connections, {values['corrupt']} packets damaged, {values['skipped']} left out "
+            f"until a key frame, {values['dropped']} frames dropped"
+        )
+    rows |= {name: values[name] for name in ("output", "overlay") if name in values}
     for name, text in rows.items():
         table.add_row(name, text)
     console = Console()

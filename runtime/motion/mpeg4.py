@@ -9,7 +9,7 @@ bit for bit; other FFmpeg versions and processors choose slightly different vect
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -21,7 +21,7 @@ from av.packet import Packet
 from av.video.codeccontext import VideoCodecContext
 from av.video.frame import PictureType, VideoFrame
 
-from runtime.decoding import check_sides, media_errors, open_video, side_data
+from runtime.decoding import media_errors, open_video, side_data
 from runtime.errors import UsageError
 from runtime.geometry import MACROBLOCK
 
@@ -40,17 +40,28 @@ class MotionSettings:
         slices: slices per encoded frame, 1 to 16, which change vectors a little; `auto` takes as many as the ffmpeg
             command line would on this machine, so results then depend on the number of processors.
         rescale: give values at the motion tokenizer's scale, ten times the detokenizer's.
+        sparse: for clips that are spread over a long video, read and encode these clips alone. Equal to encoding all of
+            it if no scene cut moves the I frames and the encoder has settled (see `warm_up`); results say that they
+            are not known to be exact.
+        warm_up: frames encoded before each sparse clip. The encoder's choices hang on its past in two ways: the
+            quantiser, which starts high and settles at its lower limit within 12 frames where 8 Mbit/s are plenty,
+            and the last frame's vectors, which are candidates for the next. After 36 frames nothing is left of either
+            in all videos tested; where the quantiser never settles (noise at high resolution), no number is enough.
     """
 
     fps: Fraction | float = 6
     slices: int | Literal["auto"] = 1
     rescale: bool = True
+    sparse: bool = False
+    warm_up: int = 36
 
     def __post_init__(self) -> None:
         if not 0 < self.fps <= MAX_FPS:
             raise UsageError(f"motion fps {self.fps}: must be above 0 and at most {MAX_FPS}")
         if self.slices != "auto" and not 1 <= self.slices <= MAX_SLICES:
             raise UsageError(f"motion slices {self.slices}: must be 1 to {MAX_SLICES}, or auto")
+        if self.warm_up < 0:
+            raise UsageError(f"motion warm_up {self.warm_up}: must be 0 or more frames")
 
     @property
     def rate(self) -> Fraction:
@@ -74,28 +85,32 @@ def reencode(path: Path | str, settings: MotionSettings) -> Iterator[Packet]:
     """
     path = Path(path)
     with open_video(path) as source, media_errors(path):
-        yield from encode(_encodable_sides(path, source.frames_at(settings.rate)), settings)
+        yield from encode(source.frames_at(settings.rate), settings)
 
 
-def encode(frames: Iterable[VideoFrame], settings: MotionSettings) -> Iterator[Packet]:
-    """MPEG-4 packets of `frames`, which are `settings.fps` apart; one a frame, in order."""
+def encode(
+    frames: Iterable[VideoFrame], settings: MotionSettings, first: int = 0, keyframes: Collection[int] = ()
+) -> Iterator[Packet]:
+    """MPEG-4 packets of `frames`, which are `settings.fps` apart; one a frame, in order.
+
+    Args:
+        frames: of equal size, else they are brought to the first one's.
+        settings: see there.
+        first: index of the first frame in its video.
+        keyframes: indices of frames that become I frames whatever the encoder thinks.
+    """
     encoder: VideoCodecContext | None = None
-    for index, frame in enumerate(frames):
+    for index, frame in enumerate(frames, first):
         if encoder is None:
             encoder = _encoder(frame.width, frame.height, settings)
         picture = _encodable(frame, encoder.width, encoder.height)
         picture.pts = index
         picture.time_base = encoder.time_base
-        picture.pict_type = PictureType.NONE  # or the source's frame types are forced on the encoder
+        # Always set, or the source's frame types are forced on the encoder.
+        picture.pict_type = PictureType.I if index in keyframes else PictureType.NONE
         yield from encoder.encode(picture)
     if encoder is not None:
         yield from encoder.encode(None)
-
-
-def _encodable_sides(path: Path, frames: Iterable[VideoFrame]) -> Iterator[VideoFrame]:
-    for frame in frames:
-        check_sides(path, frame.width, frame.height)
-        yield frame
 
 
 def _encoder(width: int, height: int, settings: MotionSettings) -> VideoCodecContext:

@@ -1,28 +1,35 @@
 """Motion of a video file, frame by frame or clip by clip.
 
 Contract: every call re-encodes the file once in a stream (reference semantics §11) and holds a bounded number of
-frames, however long the video is; `understanding_clips` re-encodes a second time if the video is too long to hold in
-compressed form. Unusable files raise MediaError.
+frames, however long the video is. Which clips `understanding_clips` takes is known at the end only: if the video is too
+long to hold in compressed form until then, the chosen clips are encoded again, and proven to be the same by checksums
+of the first pass. Unusable files raise MediaError.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from math import ceil
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeAlias
+from zlib import crc32
 
 import numpy as np
 from av.packet import Packet
 
+from runtime.decoding import media_errors, open_video
 from runtime.errors import MediaError
-from runtime.motion.clips import consecutive_clips, understanding_starts
+from runtime.motion.clips import GROUP, consecutive_clips, understanding_starts
 from runtime.motion.grid import grid_shape, macroblock_grid
 from runtime.motion.mpeg4 import MotionSettings, VectorDecoder, motion_vectors, reencode, rgb
+from runtime.motion.sparse import count_frames, encoded, stretches
 
 HELD_BYTES = 48 << 20  # most re-encoded packets to hold while the clips are not chosen yet
+WORTHWHILE = 0.9  # encode stretches instead of the whole video if they are at most this share of it
+
+Cut: TypeAlias = "tuple[int, list[Packet]]"  # index of the first frame, packets of a clip
 
 
 @dataclass(frozen=True)
@@ -57,6 +64,7 @@ class MotionClip:
         time_s: seconds from the start of the video.
         keyframe: uint8 [H, W, 3] RGB.
         grid: float32 [T, 2, rows, columns]; zero at the key frame and after the video's end.
+        exact: whether this is known to be what encoding the whole video gives.
     """
 
     index: int
@@ -64,6 +72,7 @@ class MotionClip:
     time_s: float
     keyframe: np.ndarray
     grid: np.ndarray
+    exact: bool = True
 
 
 def frames(path: Path | str, settings: MotionSettings, images: bool = False) -> Iterator[MotionFrame]:
@@ -89,41 +98,87 @@ def understanding_clips(
 ) -> list[MotionClip]:
     """At most `max_clips` clips spread over the video, chosen as for understanding (§11.4).
 
-    Motion after the end of a short video is zero.
+    Motion after the end of a short video is zero. With `settings.sparse` only the clips are encoded, at the places
+    where a video without scene cuts has them; a video that is short, or has no time stamps to tell its length, is
+    encoded whole, and its clips are exact.
     """
+    path = Path(path)
+    if settings.sparse:
+        cuts = _sparse_cuts(path, settings, max_clips, frames_per_clip)
+        if cuts is not None:
+            return [_clip(i, *cut, settings, frames_per_clip, exact=False) for i, cut in enumerate(cuts)]
     held: list[Packet] | None = []
     held_bytes = 0
     keyframes: list[int] = []
-    total = 0
+    checksums = array("L")
     for packet in reencode(path, settings):
         if packet.is_keyframe:
-            keyframes.append(total)
-        total += 1
+            keyframes.append(len(checksums))
+        checksums.append(crc32(packet))
         if held is not None:
             held.append(packet)
             held_bytes += packet.size
             if held_bytes > HELD_BYTES:
                 held = None
-    if not total:
-        raise _too_short(Path(path), 1, settings)
-    starts = understanding_starts(keyframes, total, max_clips, frames_per_clip)
+    if not checksums:
+        raise _too_short(path, 1, settings)
+    starts = understanding_starts(keyframes, len(checksums), max_clips, frames_per_clip)
     if held is not None:
-        cuts = iter([(start, held[start : start + frames_per_clip]) for start in starts])
+        cuts = [(start, held[start : start + frames_per_clip]) for start in starts]
     else:
-        cuts = _cut(reencode(path, settings), starts, frames_per_clip)
-    return [_clip(i, start, packets, settings, frames_per_clip) for i, (start, packets) in enumerate(cuts)]
+        cuts = _again(path, settings, starts, frames_per_clip, keyframes, checksums)
+    return [_clip(i, *cut, settings, frames_per_clip) for i, cut in enumerate(cuts)]
 
 
-def _cut(packets: Iterator[Packet], starts: Sequence[int], frames_per_clip: int) -> Iterator[tuple[int, list[Packet]]]:
-    """(start, packets) of each clip; clips may overlap where I frames are close, and the rest is not read."""
-    open_clips: list[tuple[int, list[Packet]]] = []
-    for index, packet in enumerate(islice(packets, starts[-1] + frames_per_clip)):
+def _sparse_cuts(path: Path, settings: MotionSettings, max_clips: int, frames_per_clip: int) -> list[Cut] | None:
+    """Clips of a video with an I frame every `GROUP` frames; None if encoding all of it is the better way."""
+    with open_video(path) as source, media_errors(path):
+        total = count_frames(source, settings.rate)
+        if not total:
+            return None
+        keyframes = range(0, total, GROUP)
+        starts = understanding_starts(keyframes, total, max_clips, frames_per_clip)
+        parts = stretches(starts, frames_per_clip, settings.warm_up, keyframes, total)
+        if sum(part.last - part.first for part in parts) > WORTHWHILE * total:
+            return None
+        cuts = list(_cut(encoded(source, settings, parts), starts, frames_per_clip))
+        return cuts if len(cuts) == len(starts) else None
+
+
+def _again(
+    path: Path,
+    settings: MotionSettings,
+    starts: Sequence[int],
+    frames_per_clip: int,
+    keyframes: Sequence[int],
+    checksums: Sequence[int],
+) -> list[Cut]:
+    """The clips at `starts` of a video that was encoded before and gave `checksums`."""
+    parts = stretches(starts, frames_per_clip, settings.warm_up, keyframes, len(checksums))
+    if sum(part.last - part.first for part in parts) <= WORTHWHILE * len(checksums):
+        try:
+            with open_video(path) as source, media_errors(path):
+                cuts = list(_cut(encoded(source, settings, parts), starts, frames_per_clip))
+        except MediaError:  # a file that cannot be read from its middle
+            cuts = []
+        expected = [list(checksums[start : start + frames_per_clip]) for start in starts]
+        if [list(map(crc32, packets)) for _, packets in cuts] == expected:
+            return cuts
+    return list(_cut(enumerate(reencode(path, settings)), starts, frames_per_clip))
+
+
+def _cut(packets: Iterable[tuple[int, Packet]], starts: Sequence[int], frames_per_clip: int) -> Iterator[Cut]:
+    """The clips in numbered packets; clips may overlap where I frames are close, and the rest is not read."""
+    open_clips: list[Cut] = []
+    for index, packet in packets:
+        while open_clips and index >= open_clips[0][0] + frames_per_clip:
+            yield open_clips.pop(0)
+        if index >= starts[-1] + frames_per_clip:
+            break
         if index in starts:
             open_clips.append((index, []))
         for _, clip in open_clips:
             clip.append(packet)
-        if open_clips and len(open_clips[0][1]) == frames_per_clip:
-            yield open_clips.pop(0)
     yield from open_clips
 
 
@@ -149,7 +204,9 @@ def reconstruction_clips(
     raise _too_short(Path(path), first + frames_per_clip, settings)
 
 
-def _clip(index: int, start: int, packets: Sequence[Packet], settings: MotionSettings, length: int) -> MotionClip:
+def _clip(
+    index: int, start: int, packets: Sequence[Packet], settings: MotionSettings, length: int, exact: bool = True
+) -> MotionClip:
     """Decode `packets`, which start at the I frame number `start`, to a clip of `length` frames."""
     decoded = VectorDecoder(pixels_of_p_frames=False).decode(packets)
     first = next(decoded)
@@ -162,6 +219,7 @@ def _clip(index: int, start: int, packets: Sequence[Packet], settings: MotionSet
         time_s=float(start / settings.rate),
         keyframe=rgb(first),
         grid=grid,
+        exact=exact,
     )
 
 

@@ -6,6 +6,7 @@ does and in which order can be read from its method, and recorded by a test.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -35,6 +36,7 @@ from runtime.tokenizers import TextTokenizer
 from runtime.vocabulary import EOS
 from videolavit.checkpoints import Checkpoint
 from videolavit.config import ModelConfig
+from videolavit.inventory import UNDERSTANDING, for_task
 from videolavit.models.keyframe_decoder import pad_codes
 from videolavit.models.motion_tokenizer import MOTION_SCALE
 from videolavit.reference import clips, keyframes
@@ -46,7 +48,7 @@ class Reference:
 
     Args:
         components: a checkpoint, or the modules by the names of `videolavit.models.components.COMPONENTS`; only those
-            that a task needs have to be there.
+            that a task needs have to be there. Questions are answered by `understanding/NAME` where that exists.
         config: the model's configuration.
         tokenizer: the model's text tokenizer.
 
@@ -59,6 +61,7 @@ class Reference:
         self.config = config
         self.tokenizer = tokenizer
         self._components = components
+        self._task: str | None = None  # whose own components are used where there are any
         self._device = torch.device("cpu")
         self._dtype = torch.float32
 
@@ -143,7 +146,8 @@ class Reference:
         def enough(ids: list[int]) -> bool:
             return STOP in self.tokenizer.decode(ids)
 
-        ids = write(self.module("language_model"), self.question(settings, noise), rules, noise, stop=enough)
+        reader = self.for_task(UNDERSTANDING)
+        ids = write(reader.module("language_model"), reader.question(settings, noise), rules, noise, stop=enough)
         return AnswerResult(ids=tuple(ids), text=answer_text(self.tokenizer.decode(ids)))
 
     # Stages: tokens
@@ -323,6 +327,12 @@ class Reference:
 
     # Help
 
+    def for_task(self, task: str) -> Reference:
+        """This object with the components that `task` has of its own in place of the common ones."""
+        seen = copy.copy(self)
+        seen._task = task
+        return seen
+
     def settings(self, request: Request) -> Resolved:
         """`request` with the model's defaults filled in. Raises UsageError."""
         return resolve(request, self.config.geometry, self.config.defaults)
@@ -330,6 +340,9 @@ class Reference:
     def module(self, name: str) -> Any:
         """Component `name` where it computes."""
         held = self._components
+        own = for_task(name, self._task) if self._task else name
+        names = held.components if isinstance(held, Checkpoint) else held
+        name = own if own in names else name
         component = held.component(name) if isinstance(held, Checkpoint) else held[name]
         first = next(component.parameters())
         if (first.device, first.dtype) != (
