@@ -33,7 +33,7 @@ from runtime.errors import MediaError
 from runtime.frame_rate import Timed, at_rate, round_half_away, slot
 
 MAX_SIDE = 8191  # the MPEG-4 encoder's limit, pixels
-MAX_GAP = 3600  # seconds without a frame; more is a damaged time stamp, and filling it would not end
+MAX_GAP = 600  # seconds without a frame; more is a damaged time stamp, and filling it would not end
 LOOKAHEAD = 32  # packets; more than any codec reorders
 LEAP = 10  # seconds; containers without a common clock may leap further, which is no gap in the video
 SEEK_BACK = (0, 10, None)  # seconds to seek to before a frame, in turn; some containers land behind it. None: the start
@@ -112,6 +112,7 @@ class VideoSource:
         self.time_base = stream.time_base or Fraction(1, av.time_base)
         self.origin = self._origin()
         self.restarts = False
+        self._most = MAX_GAP / self.time_base  # time base ticks
         context = stream.codec_context
         context.thread_count = 1
 
@@ -148,15 +149,14 @@ class VideoSource:
         where one is missing or leaps. Reads the file to its end and decodes nothing."""
         first: int | None = None
         last = end = previous = 0
-        most = MAX_GAP / self.time_base
         for packet in self._packets():
             if packet is None or packet.is_discard:
                 continue
-            if packet.pts is None or (first is not None and packet.pts - previous > most):
+            if packet.pts is None or (first is not None and packet.pts - previous > self._most):
                 return None
             if first is None or packet.pts > last:
                 last = packet.pts
-                end = last + (packet.duration or round_half_away(self._frame_duration() / self.time_base))
+                end = last + round_half_away(self._lasting(packet.duration) / self.time_base)
             first = packet.pts if first is None else min(first, packet.pts)
             previous = packet.pts
         if first is None or self.restarts:
@@ -206,7 +206,6 @@ class VideoSource:
                 continue
             if unused is not skipping:
                 context.skip_frame, skipping = ("NONREF" if unused else "DEFAULT"), unused
-            packet_duration = (packet.duration or 0) * self.time_base if packet is not None else Fraction(0)
             for frame in self._decode(context, packet):
                 ticks = frame.pts if frame.pts is not None else frame.dts
                 if floor is not None and ticks is not None and ticks < floor:
@@ -218,7 +217,7 @@ class VideoSource:
                         f"gaps up to {MAX_GAP} s are filled, so cut the file or repair its time stamps"
                     )
                 previous = time if previous is None else max(previous, time)
-                following = time + (frame.duration * self.time_base or packet_duration or self._frame_duration())
+                following = time + self._lasting(frame.duration, packet.duration if packet is not None else None)
                 yield Timed(frame, time, following)
 
     def _upright(self, frames: Iterable[VideoFrame]) -> Iterator[VideoFrame]:
@@ -231,10 +230,13 @@ class VideoSource:
                 previous, turned = frame, upright(frame)
             yield turned
 
-    def _frame_duration(self) -> Fraction:
-        """Seconds a frame lasts where neither frame nor packet says so."""
-        rate = self.stream.codec_context.framerate or self.stream.average_rate or self.stream.guessed_rate
-        return 1 / rate if rate else Fraction(1, 25)
+    def _lasting(self, *stated: int | None) -> Fraction:
+        """Seconds a frame lasts by the first sound one of the `stated` durations, or else by the frame rate."""
+        for ticks in stated:
+            if ticks and 0 < ticks <= self._most:
+                return ticks * self.time_base
+        rates = (self.stream.codec_context.framerate, self.stream.average_rate, self.stream.guessed_rate)
+        return next((1 / rate for rate in rates if rate and 1 / rate <= MAX_GAP), Fraction(1, 25))
 
     def _packets(self, midway: bool = False) -> Iterator[Packet | None]:
         """The stream's packets (`midway`: from the next key frame on), then None; a file that breaks off ends there."""

@@ -25,7 +25,6 @@ from runtime.motion import mpeg4, selftest, sources, sparse
 from runtime.motion.commands import motion
 from runtime.motion.grid import macroblock_grid, model_motion
 from runtime.motion.mpeg4 import MotionSettings, VectorDecoder, encode, motion_vectors, reencode, rgb
-from runtime.motion.sparse import Stretch
 from runtime.video import read_frames
 
 VIDEO = FOLDER.parent / "media" / "video7013.mp4"

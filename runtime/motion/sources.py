@@ -110,7 +110,7 @@ def understanding_clips(
     held: list[Packet] | None = []
     held_bytes = 0
     keyframes: list[int] = []
-    checksums = array("L")
+    checksums = array("I")
     for packet in reencode(path, settings):
         if packet.is_keyframe:
             keyframes.append(len(checksums))
