@@ -79,7 +79,7 @@ def open_video(path: Path | str) -> Iterator[VideoSource]:
 def _video_stream(path: Path, container: InputContainer) -> VideoStream:
     name = container.format.name
     if name == "image2" or name.endswith("_pipe"):
-        raise MediaError(f"{path}: is a picture, not a video; pass it as a picture (--image)")
+        raise MediaError(f"{path}: is a picture, not a video; `ask` and `generate --image` take pictures")
     streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
     if not streams or name == "tty":
         raise MediaError(f"{path}: has no video stream; give a file with moving pictures")
