@@ -34,6 +34,8 @@ from runtime.frame_rate import Timed, at_rate, round_half_away, slot
 
 MAX_SIDE = 8191  # the MPEG-4 encoder's limit, pixels
 MAX_GAP = 600  # seconds without a frame; more is a damaged time stamp, and filling it would not end
+PAUSE = 60  # seconds; a longer gap is unusual
+MAX_PAUSES = 3600  # seconds in such gaps in one video; a damaged rate makes every gap long, and the video weeks
 LOOKAHEAD = 32  # packets; more than any codec reorders
 LEAP = 10  # seconds; containers without a common clock may leap further, which is no gap in the video
 SEEK_BACK = (0, 10, None)  # seconds to seek to before a frame, in turn; some containers land behind it. None: the start
@@ -198,6 +200,7 @@ class VideoSource:
         skipping: bool | None = None
         following = Fraction(0)
         previous: Fraction | None = None if midway else following
+        paused = Fraction(0)
         floor: int | None = None
         for packet, unused in marked:
             if midway and floor is None and packet is not None:
@@ -211,10 +214,13 @@ class VideoSource:
                 if floor is not None and ticks is not None and ticks < floor:
                     continue
                 time = (ticks - self.origin) * self.time_base if ticks is not None else following
-                if previous is not None and time - previous > MAX_GAP:
+                gap = time - previous if previous is not None else Fraction(0)
+                paused += gap if gap > PAUSE else 0
+                if gap > MAX_GAP or paused > MAX_PAUSES:
                     raise MediaError(
-                        f"{self.path}: no frame for {float(time - previous):.0f} s after {float(previous):.1f} s; "
-                        f"gaps up to {MAX_GAP} s are filled, so cut the file or repair its time stamps"
+                        f"{self.path}: no frame for {float(gap):.0f} s before {float(time):.1f} s; gaps up to "
+                        f"{MAX_GAP} s are filled, and {MAX_PAUSES} s of those above {PAUSE} s, so cut the file or "
+                        "repair its time stamps"
                     )
                 previous = time if previous is None else max(previous, time)
                 following = time + self._lasting(frame.duration, packet.duration if packet is not None else None)

@@ -21,6 +21,8 @@ from hypothesis import strategies as st
 from runtime import decoding
 from runtime.errors import MediaError, UsageError
 from runtime.frame_rate import Timed, at_rate
+from runtime.geometry import Geometry
+from runtime.media import load_media
 from runtime.motion import mpeg4, selftest, sources, sparse
 from runtime.motion.commands import motion
 from runtime.motion.grid import macroblock_grid, model_motion
@@ -217,7 +219,7 @@ def test_skipped_source_frames_change_nothing(monkeypatch, zoo):
 
 
 def test_frames_are_freed_as_they_are_read(zoo):
-    path = media_zoo.make(zoo / "long.mp4", frames=60, size=(1280, 720), rate=6, options={"preset": "ultrafast"})
+    path = media_zoo.make(zoo / "heavy.mp4", frames=60, size=(1280, 720), rate=6, options={"preset": "ultrafast"})
     gc.disable()  # or it would hide pixels that only it can free
     try:
         before = resident_bytes()
@@ -290,6 +292,39 @@ def test_command_writes_archive_and_overlay(tmp_path):
     assert isinstance(again.exception, UsageError) and "--force" in str(again.exception)
     assert archive.read_bytes() == before and sorted(p.name for p in tmp_path.iterdir()) == ["arrows.mp4", "motion.npz"]
     assert zipfile.ZipFile(archive).testzip() is None
+
+
+def test_sparse_command_stores_the_clips_and_marks_them(tmp_path):
+    video = media_zoo.make(tmp_path / "long.mp4", frames=840, size=(64, 48), rate=6, options={"g": "24"})
+    archive = tmp_path / "motion.npz"
+    result = CliRunner().invoke(motion, [str(video), "-o", str(archive), "--sparse"])
+    assert result.exit_code == 0, result.output
+    assert "not checked to be exact" in result.stdout
+    clips = sources.understanding_clips(video, MotionSettings())
+    times = np.concatenate([clip.time_s + np.arange(24) / 6 for clip in clips])
+    with np.load(archive, allow_pickle=False) as stored:
+        assert not stored["exact"] and '"sparse": true' in str(stored["settings"])
+        np.testing.assert_allclose(stored["times"], times)
+        np.testing.assert_array_equal(stored["grids"], np.concatenate([clip.grid for clip in clips]))
+    # A short video is read as a whole, and then the result is exact.
+    result = CliRunner().invoke(motion, [str(VIDEO), "-o", str(archive), "--sparse", "--force", "--slices", "3"])
+    assert "(exact)" in result.stdout and "84 (320x240)" in result.stdout
+    with np.load(archive, allow_pickle=False) as stored:
+        assert stored["exact"]
+        assert [digest(g) for g in stored["grids"]] == load("l_video_video7013").meta["pooled_sha256"]
+
+
+@pytest.mark.parametrize("arguments", [["clip.mp4", "--source", "codec"], ["tcp://127.0.0.1:9"]])
+def test_sparse_is_for_files_that_are_encoded(arguments):
+    result = CliRunner().invoke(motion, [*arguments, "--sparse"])
+    assert isinstance(result.exception, UsageError) and "--sparse" in str(result.exception)
+
+
+def test_sparse_media_says_so(long_video):
+    geometry = Geometry()
+    whole, found = (load_media(str(long_video), geometry, 3, sparse=sparse) for sparse in (False, True))
+    assert whole.exact and not found.exact
+    np.testing.assert_array_equal(found.motions, whole.motions)
 
 
 def test_failed_command_leaves_nothing(tmp_path):

@@ -30,6 +30,11 @@ from runtime.requests import AnswerRequest
     help="Where a video's motion comes from; see `videolavit motion --help`.",
 )
 @click.option("--fallback", type=click.Choice(["mpeg4"]), help="Use this where --source cannot.")
+@click.option(
+    "--sparse",
+    is_flag=True,
+    help="Read only the clips looked at of a long video; see `videolavit motion --help`.",
+)
 @click.option("--sample", is_flag=True, help="Sample the answer; without, the likeliest tokens are taken.")
 @seed_option
 @sampling_options
@@ -43,6 +48,7 @@ def ask(
     max_clips: int | None,
     source: Literal["mpeg4", "codec", "nvdec"],
     fallback: Literal["mpeg4"] | None,
+    sparse: bool,
     sample: bool,
     seed: int | None,
     greedy: bool,
@@ -61,6 +67,7 @@ def ask(
     seed = choose_seed(seed)
     with Report(as_json) as report:
         from runtime.media import load_media
+        from runtime.motion.connection import shown
 
         request = AnswerRequest(
             question="-" if question is None else question,
@@ -72,7 +79,10 @@ def ask(
 
         # Reading the file first: a mistake in its name answers before a model is loaded.
         manifest = Bundle.open(find(bundle), check_hashes=False).manifest
-        seen = load_media(media, manifest.geometry, max_clips or manifest.defaults.max_clips, source, fallback)
+        clips = max_clips or manifest.defaults.max_clips
+        seen = load_media(media, manifest.geometry, clips, source, fallback, sparse)
+        if not seen.exact:
+            report.note(f"{shown(media)}: motion is approximate ({'--sparse' if sparse else f'--source {source}'})")
         request = replace(request, pictures=seen.pictures, motions=seen.motions)
         with open_pipeline(
             report, bundle=bundle, memory_budget=memory_budget, threads=threads, provider=provider

@@ -4,7 +4,7 @@ Contract: the file loads with `numpy.load(path)` and no pickle. Its arrays, for 
 
 - `grids` float32 [N, 2, rows, columns]: motion as in `runtime.motion`, zero in I frames;
 - `types` one-letter strings [N]: `I` or `P`;
-- `times` float64 [N]: seconds from the start of the video;
+- `times` float64 [N]: seconds from the start of the video; these leap where a sparse reading left frames out;
 - `size` int64 [2]: width and height, pixels;
 - `deviation` float64 [2]: grids times this are shares of (width, height) per frame;
 - `source`, `settings` strings: name of the video file or stream, and how it was read, as JSON;
@@ -56,7 +56,12 @@ class MotionArchive:
     def write(self, target: Path, name: str, settings: MotionSettings, source: MotionSource) -> None:
         """Write everything added so far to `target`; `name` is the video's, `source` gave the frames."""
         shape = (len(self._types), 2, *grid_shape(*self._size))
-        settings_ = {"fps": str(settings.rate), "slices": settings.slices, "rescale": settings.rescale}
+        settings_ = {
+            "fps": str(settings.rate),
+            "slices": settings.slices,
+            "rescale": settings.rescale,
+            "sparse": settings.sparse,
+        }
         small = {
             "types": np.array(self._types, dtype="U1"),
             "times": np.array(self._times, dtype=np.float64),

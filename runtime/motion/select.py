@@ -28,7 +28,7 @@ class MotionSource(Protocol):
 
     Attributes:
         name: the source that is used: `mpeg4`, `codec` or `nvdec`; of a live stream final with the first frame.
-        exact: the motion is that of the `mpeg4` source.
+        exact: the motion is that of the `mpeg4` source; in sparse mode final with the first frame or clip.
     """
 
     @property
@@ -45,22 +45,26 @@ class MotionSource(Protocol):
 
 
 class Mpeg4File:
-    """Motion of the video file at `path` by re-encoding (`runtime.motion.sources`)."""
+    """Motion of the video file at `path` by re-encoding (`runtime.motion.sources`).
+
+    In sparse mode `frames` are those of the clips for understanding, unless all of the video is read anyway.
+    """
 
     name = "mpeg4"
 
     def __init__(self, path: Path | str, settings: MotionSettings) -> None:
         self.path, self.settings = Path(path), settings
-
-    @property
-    def exact(self) -> bool:
-        return not self.settings.sparse
+        self.exact = not settings.sparse
 
     def frames(self, images: bool = False) -> Iterator[MotionFrame]:
-        return sources.frames(self.path, self.settings, images)
+        found = sources.sparse_frames(self.path, self.settings, images) if self.settings.sparse else None
+        self.exact = found is None
+        yield from sources.frames(self.path, self.settings, images) if found is None else found
 
     def understanding_clips(self, max_clips: int = 8, frames_per_clip: int = 24) -> Sequence[MotionClip]:
-        return sources.understanding_clips(self.path, self.settings, max_clips, frames_per_clip)
+        clips = sources.understanding_clips(self.path, self.settings, max_clips, frames_per_clip)
+        self.exact = all(clip.exact for clip in clips)
+        return clips
 
     def reconstruction_clips(self, frames_per_clip: int = 24, start_s: float = 0.0) -> Iterator[MotionClip]:
         return sources.reconstruction_clips(self.path, self.settings, frames_per_clip, start_s)
@@ -104,11 +108,14 @@ def open_source(
         live: how a live stream is held.
 
     Raises:
-        UsageError: an address of an unknown kind, or a live stream with `nvdec`.
+        UsageError: an address of an unknown kind, a live stream with `nvdec`, or sparse mode of anything but a file
+            with `mpeg4`.
         EnvironmentProblem: `nvdec` without its library, GPU or driver.
         MediaError: the file cannot be opened, or `source` finds no vectors in it.
     """
     text = str(address)
+    if settings.sparse and (is_live(text) or source != "mpeg4"):
+        raise UsageError("--sparse reads files with --source mpeg4; leave one of the two out")
     if is_live(text):
         if source == "nvdec":
             raise UsageError("--source nvdec reads files only; use codec or mpeg4 for a live stream")

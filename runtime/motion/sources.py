@@ -26,6 +26,8 @@ from runtime.motion.grid import grid_shape, macroblock_grid
 from runtime.motion.mpeg4 import MotionSettings, VectorDecoder, motion_vectors, reencode, rgb
 from runtime.motion.sparse import count_frames, encoded, stretches
 
+MAX_CLIPS = 8  # that the model looks at, unless said otherwise
+FRAMES_PER_CLIP = 24
 HELD_BYTES = 48 << 20  # most re-encoded packets to hold while the clips are not chosen yet
 WORTHWHILE = 0.9  # encode stretches instead of the whole video if they are at most this share of it
 
@@ -77,8 +79,26 @@ class MotionClip:
 
 def frames(path: Path | str, settings: MotionSettings, images: bool = False) -> Iterator[MotionFrame]:
     """Every frame of the video at `settings.fps`, with pixels if `images`."""
-    index = -1
-    for index, frame in enumerate(VectorDecoder(pixels_of_p_frames=images).decode(reencode(path, settings))):
+    found = False
+    for frame in _decoded(reencode(path, settings), 0, settings, images):
+        found = True
+        yield frame
+    if not found:
+        raise _too_short(Path(path), 1, settings)
+
+
+def sparse_frames(path: Path | str, settings: MotionSettings, images: bool = False) -> Iterator[MotionFrame] | None:
+    """The frames of the clips that `understanding_clips` takes with `settings.sparse`, in order; None if it encodes all
+    of this video, so that `frames` is as quick."""
+    cuts = _sparse_cuts(Path(path), settings, MAX_CLIPS, FRAMES_PER_CLIP)
+    if cuts is None:
+        return None
+    return (frame for start, packets in cuts for frame in _decoded(packets, start, settings, images))
+
+
+def _decoded(packets: Iterable[Packet], first: int, settings: MotionSettings, images: bool) -> Iterator[MotionFrame]:
+    """The frames of `packets`, numbered from `first`."""
+    for index, frame in enumerate(VectorDecoder(pixels_of_p_frames=images).decode(packets), first):
         vectors = motion_vectors(frame)
         yield MotionFrame(
             index=index,
@@ -89,12 +109,10 @@ def frames(path: Path | str, settings: MotionSettings, images: bool = False) -> 
             width=frame.width,
             height=frame.height,
         )
-    if index < 0:
-        raise _too_short(Path(path), 1, settings)
 
 
 def understanding_clips(
-    path: Path | str, settings: MotionSettings, max_clips: int = 8, frames_per_clip: int = 24
+    path: Path | str, settings: MotionSettings, max_clips: int = MAX_CLIPS, frames_per_clip: int = FRAMES_PER_CLIP
 ) -> list[MotionClip]:
     """At most `max_clips` clips spread over the video, chosen as for understanding (§11.4).
 
