@@ -27,7 +27,7 @@ CASES = {case.task: case for case in cases(SHIPPED)}
 
 @pytest.fixture(scope="module")
 def checkpoint() -> Checkpoint:
-    return initialise("shapes", 0)
+    return initialise("tiny", 0)
 
 
 @pytest.fixture(scope="module")

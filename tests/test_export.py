@@ -45,12 +45,12 @@ CONTRACT = {
 
 
 @pytest.fixture(scope="module")
-def checkpoint(shapes_checkpoint: Path) -> Checkpoint:
-    return load(shapes_checkpoint)
+def checkpoint(tiny_checkpoint: Path) -> Checkpoint:
+    return load(tiny_checkpoint)
 
 
-def test_the_bundle_holds_every_engine_of_the_contract(shapes_bundle: Path, checkpoint: Checkpoint) -> None:
-    manifest = Bundle.open(shapes_bundle).manifest
+def test_the_bundle_holds_every_engine_of_the_contract(tiny_bundle: Path, checkpoint: Checkpoint) -> None:
+    manifest = Bundle.open(tiny_bundle).manifest
     assert set(manifest.engines) == {*CONTRACT, LANGUAGE_MODEL}
     for name, (inputs, outputs) in CONTRACT.items():
         entry = manifest.engines[name]
@@ -63,38 +63,38 @@ def test_the_bundle_holds_every_engine_of_the_contract(shapes_bundle: Path, chec
     assert not manifest.trained
 
 
-def test_the_bundle_records_parity(shapes_bundle: Path) -> None:
-    for name, entry in Bundle.open(shapes_bundle).manifest.engines.items():
+def test_the_bundle_records_parity(tiny_bundle: Path) -> None:
+    for name, entry in Bundle.open(tiny_bundle).manifest.engines.items():
         assert entry.parity is not None, name
         assert entry.parity.max_abs_error <= entry.parity.tolerance, name
         assert entry.parity.scale > 0.1, f"{name}: outputs are too small to be a test"
 
 
 @pytest.mark.parametrize("name", sorted(GRAPHS))
-def test_engines_run_at_sizes_they_were_not_traced_at(name: str, shapes_bundle: Path, checkpoint: Checkpoint) -> None:
+def test_engines_run_at_sizes_they_were_not_traced_at(name: str, tiny_bundle: Path, checkpoint: Checkpoint) -> None:
     """Every free dimension takes another value than the traced one."""
     graph = GRAPHS[name]
     sizes = {dim: size + {"B": 1, "L": 7, "S": 2, "N": -1}.get(dim, -size // 2) for dim, size in graph.example.items()}
     signature = graph.signature(checkpoint.config)
     inputs = signature.example(sizes, seed=11)
-    with EngineSet(Bundle.open(shapes_bundle, check_hashes=False)) as engines:
+    with EngineSet(Bundle.open(tiny_bundle, check_hashes=False)) as engines:
         actual = engines.get(name)(**inputs)
     for output, expected in run(torch_module(checkpoint, graph), inputs, signature).items():
         assert actual[output].shape == expected.shape
         assert np.abs(actual[output] - expected).max() <= 1e-4 * np.abs(expected).max(), output
 
 
-def test_codes_vary_with_the_input(shapes_bundle: Path, checkpoint: Checkpoint) -> None:
+def test_codes_vary_with_the_input(tiny_bundle: Path, checkpoint: Checkpoint) -> None:
     """Otherwise equal codes would prove nothing."""
-    with EngineSet(Bundle.open(shapes_bundle, check_hashes=False)) as engines:
+    with EngineSet(Bundle.open(tiny_bundle, check_hashes=False)) as engines:
         for name in ("visual_merger", "motion_encoder"):
             inputs = GRAPHS[name].signature(checkpoint.config).example({"B": 2}, seed=3)
             assert len(np.unique(engines.get(name)(**inputs)["codes"])) > 8, name
 
 
-def test_weights_are_stored_in_half_without_loss(shapes_bundle: Path) -> None:
+def test_weights_are_stored_in_half_without_loss(tiny_bundle: Path) -> None:
     for name in ENGINES:
-        tensors = onnx.load(shapes_bundle / f"{name}.onnx").graph.initializer
+        tensors = onnx.load(tiny_bundle / f"{name}.onnx").graph.initializer
         full = sum(len(t.raw_data) for t in tensors if t.data_type == onnx.TensorProto.FLOAT)
         assert full <= 0.2 * sum(len(t.raw_data) for t in tensors), name
 
@@ -149,24 +149,24 @@ class Off:
     ],
 )
 def test_a_deviation_is_a_parity_error(
-    name: str, change: Any, named: str, shapes_bundle: Path, checkpoint: Checkpoint
+    name: str, change: Any, named: str, tiny_bundle: Path, checkpoint: Checkpoint
 ) -> None:
-    bundle = Bundle.open(shapes_bundle, check_hashes=False)
+    bundle = Bundle.open(tiny_bundle, check_hashes=False)
     with EngineSet(bundle) as engines, pytest.raises(ParityError, match=named) as caught:
         parity.check_engine(name, Off(engines.get(name), change), checkpoint)  # type: ignore[arg-type]
     assert caught.value.component == name
 
 
-def test_other_weights_are_a_parity_error(shapes_bundle: Path) -> None:
-    bundle = Bundle.open(shapes_bundle, check_hashes=False)
+def test_other_weights_are_a_parity_error(tiny_bundle: Path) -> None:
+    bundle = Bundle.open(tiny_bundle, check_hashes=False)
     with EngineSet(bundle) as engines, pytest.raises(ParityError, match="language_model"):
-        parity.check_language_model(engines.language_model(), initialise("shapes", 1))
+        parity.check_language_model(engines.language_model(), initialise("tiny", 1))
 
 
 def test_a_failing_export_leaves_the_old_bundle(
-    shapes_bundle: Path, checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_bundle: Path, checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    target = Path(shutil.copytree(shapes_bundle, tmp_path / "shapes"))
+    target = Path(shutil.copytree(tiny_bundle, tmp_path / "shapes"))
     before = Bundle.open(target).digest
     graph = GRAPHS["visual_encoder"]
     monkeypatch.setattr(build, "ENGINES", ("visual_encoder",))
@@ -190,25 +190,25 @@ class Negated(nn.Module):
         return tuple(-value for value in self.module(*inputs))
 
 
-def test_export_says_what_it_would_build(shapes_checkpoint: Path, tmp_path: Path) -> None:
-    result = CliRunner().invoke(export, [str(shapes_checkpoint), "-o", str(tmp_path / "b"), "--plan"])
+def test_export_says_what_it_would_build(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(export, [str(tiny_checkpoint), "-o", str(tmp_path / "b"), "--plan"])
     assert result.exit_code == 0, result.output
     assert "keyframe_conditioner" in result.stdout and "language_model" in result.stdout
     assert not (tmp_path / "b").exists()
-    result = CliRunner().invoke(export, [str(shapes_checkpoint), "-o", str(tmp_path / "b"), "--plan", "--json"])
+    result = CliRunner().invoke(export, [str(tiny_checkpoint), "-o", str(tmp_path / "b"), "--plan", "--json"])
     parts = json.loads(result.stdout.splitlines()[-1])["plan"]
     assert {engine for part in parts for engine in part["engines"]} == set(ENGINES)
 
 
-def test_verify_shows_every_engine(shapes_bundle: Path, shapes_checkpoint: Path) -> None:
-    result = CliRunner().invoke(verify, [str(shapes_bundle), str(shapes_checkpoint), "--engines-only"])
+def test_verify_shows_every_engine(tiny_bundle: Path, tiny_checkpoint: Path) -> None:
+    result = CliRunner().invoke(verify, [str(tiny_bundle), str(tiny_checkpoint), "--engines-only"])
     assert result.exit_code == 0, result.output
     assert all(name in result.stdout for name in ENGINES)
 
 
-def test_verify_wants_the_checkpoint_of_the_bundle(shapes_bundle: Path, tmp_path: Path) -> None:
-    initialise("shapes", 1).save(tmp_path / "other")
-    result = CliRunner().invoke(verify, [str(shapes_bundle), str(tmp_path / "other"), "--engines-only"])
+def test_verify_wants_the_checkpoint_of_the_bundle(tiny_bundle: Path, tmp_path: Path) -> None:
+    initialise("tiny", 1).save(tmp_path / "other")
+    result = CliRunner().invoke(verify, [str(tiny_bundle), str(tmp_path / "other"), "--engines-only"])
     assert isinstance(result.exception, BundleError)
 
 

@@ -96,7 +96,7 @@ def test_motion_tokenizer_matches_reference(name: str) -> None:
 
 
 def test_motion_tokenizer_of_the_shapes_preset() -> None:
-    preset = PRESETS["shapes"]
+    preset = PRESETS["tiny"]
     tokenizer = MotionTokenizer(preset.motion_tokenizer).eval().requires_grad_(False)
     geometry = preset.geometry
     motion = torch.randn(2, 2, geometry.frames, *geometry.motion_grid)

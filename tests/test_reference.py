@@ -154,9 +154,9 @@ class Counted(Noise):
 
 @pytest.fixture(scope="module")
 def checkpoint(tokenizer: TextTokenizer) -> Checkpoint:
-    shapes = PRESETS["shapes"]
+    shapes = PRESETS["tiny"]
     config = replace(shapes, vocabulary=Vocabulary(text_size=tokenizer.size, visual_codes=512, motion_codes=256))
-    return Checkpoint(config, trained=False, tokenizer=b"", weights=RandomWeights(config, 0))
+    return Checkpoint(config, tokenizer=b"", weights=RandomWeights(config, 0))
 
 
 @pytest.fixture(scope="module")

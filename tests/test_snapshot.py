@@ -23,7 +23,7 @@ from videolavit.inventory import FINE_TUNED, for_task
 from videolavit.models.components import COMPONENTS
 from videolavit.snapshot import SnapshotError, is_snapshot, read_snapshot
 
-SHAPES = PRESETS["shapes"]
+SHAPES = PRESETS["tiny"]
 WEIGHTS = RandomWeights(SHAPES, 0)  # every value is exact in float16
 OWN = tuple(for_task(name) for name in FINE_TUNED)
 UNET_BIN = "video_detokenizer/unet/diffusion_pytorch_model.bin"

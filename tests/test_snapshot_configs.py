@@ -18,7 +18,7 @@ from videolavit.models.components import build
 from videolavit.snapshot.configs import choose_preset, read_configs
 from videolavit.snapshot.report import Problem
 
-SHAPES, OFFICIAL = PRESETS["shapes"], PRESETS["video-lavit-7b"]
+SHAPES, OFFICIAL = PRESETS["tiny"], PRESETS["video-lavit-7b"]
 LLM, SFT = "language_model/config.json", "language_model_sft/config.json"
 UNET, VAE = "image_detokenizer/unet/config.json", "image_detokenizer/vae/config.json"
 VIDEO_UNET, VIDEO_VAE = "video_detokenizer/unet/config.json", "video_detokenizer/vae/config.json"

@@ -28,7 +28,7 @@ from videolavit.inventory import FINE_TUNED, UNDERSTANDING, for_task
 from videolavit.models.components import COMPONENTS
 from videolavit.reference import Reference
 
-SHAPES = PRESETS["shapes"]
+SHAPES = PRESETS["tiny"]
 WEIGHTS = RandomWeights(SHAPES, 0)
 OWN = [for_task(name) for name in ANSWERING]
 
@@ -101,10 +101,10 @@ def test_generation_does_not_see_the_fine_tuned_model(checkpoint: Checkpoint, bu
     )
 
 
-def test_tasks_pick_the_engines(checkpoint: Checkpoint, shapes_checkpoint: Path) -> None:
+def test_tasks_pick_the_engines(checkpoint: Checkpoint, tiny_checkpoint: Path) -> None:
     assert engines_for(checkpoint) == [*ENGINES, *(for_task(n) for n in ENGINES if n in ANSWERING)]
     assert engines_for(checkpoint, ["generate"]) == list(ENGINES)
-    single = load(shapes_checkpoint)  # one model for both tasks
+    single = load(tiny_checkpoint)  # one model for both tasks
     assert engines_for(single) == list(ENGINES)
     assert sorted(engines_for(single, ["understand"])) == sorted(ANSWERING)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,7 +13,8 @@ from runtime.errors import UsageError
 from runtime.prompts import question_ids
 from runtime.tokenizers import CONTROL, TextTokenizer
 from videolavit.config import PRESETS
-from videolavit.shapes_text import ANSWERS, COLOURS, DEEDS, SHAPES, SIZES, sentences
+from videolavit.shapes import caption, picture_caption, questions, sample_scene
+from videolavit.shapes.words import SPOKEN, corpus
 from videolavit.tokenizer_training import SHAPES_TOKENIZER, train_text_tokenizer
 
 SIZE = PRESETS["shapes"].vocabulary.text_size
@@ -48,9 +50,17 @@ def test_any_ids_decode(ids: list[int]) -> None:
 
 
 def test_words_of_the_world_are_single_pieces() -> None:
-    words = {word for line in (*SHAPES, *COLOURS, *SIZES, *DEEDS, *ANSWERS) for word in line.split() if "{" not in word}
-    long = {word for word in words if len(TOKENIZER.encode(word)) > 1}
-    assert long <= {"staying"}
+    assert not {word for word in SPOKEN if len(TOKENIZER.encode(word)) > 1}
+
+
+def test_every_word_that_is_said_is_on_the_list() -> None:
+    said: set[str] = set()
+    for seed in range(150):
+        scene, rng = sample_scene(seed, split=("train", "held-out")[seed % 2]), np.random.default_rng(seed)
+        lines = [caption(scene, rng), picture_caption(scene, rng)]
+        lines += [line for question, answer, _ in questions(scene, rng) for line in (question, answer)]
+        said |= {word.strip(".,?") for line in lines for word in line.replace("-", " ").split()}
+    assert said <= set(SPOKEN)
 
 
 def test_typical_lines_are_short() -> None:
@@ -58,12 +68,12 @@ def test_typical_lines_are_short() -> None:
     assert len(TOKENIZER.encode("a small blue star moving up slowly and a large yellow square moving left")) == 14
     assert len(TOKENIZER.encode("which direction does the circle move?")) == 7
     before, after = question_ids(TOKENIZER, "what moves?", "video")
-    assert len(before) < 96 and len(after) < 10
+    assert len(before) == 33 and len(after) == 7  # the second begins with the dummy space and the newline byte
 
 
 def test_training_again_gives_the_shipped_file(tmp_path: Path) -> None:
     path = tmp_path / "again.model"
-    train_text_tokenizer(sentences(), SIZE, path)
+    train_text_tokenizer(corpus(), SIZE, path)
     again = TextTokenizer(path)
     for line in ("a purple star bouncing quickly on a grey background", "what colour is the triangle? ASSISTANT:"):
         assert again.encode(line) == TOKENIZER.encode(line)

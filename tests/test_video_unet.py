@@ -79,7 +79,7 @@ def test_motion_cells_are_a_nearest_resize(size: tuple[int, int]) -> None:
 
 
 def test_gradients_reach_every_parameter() -> None:
-    config = PRESETS["shapes"].video_unet
+    config = PRESETS["tiny"].video_unet
     unet = VideoUNet(config)
     sample, states = torch.randn(1, 2, 10, 8, 8), torch.randn(1, 2, 256, config.cross_attention_dim)
     unet(sample, torch.ones(1), states, torch.ones(1, 3)).square().sum().backward()

@@ -5,7 +5,8 @@ Contract: `load` takes the project's own folder or an official snapshot (`videol
 `videolavit.models.components.COMPONENTS`, and `understanding/COMPONENT.safetensors` when the model was fine-tuned for
 that task. Weights in 16 bits are stored as they are, others as float16 where that loses nothing, so saving never
 changes a value. Nothing is unpickled. `save` fills a staging folder tensor by tensor and publishes it by rename: a
-crash leaves the old checkpoint or none.
+crash leaves the old checkpoint or none. `publish_components` replaces single files of a checkpoint, each by one rename
+and the header last: a crash in between leaves a checkpoint that loads.
 
 Where weights come from is a `Weights` object; a folder, a snapshot and a seed are three of them.
 """
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 
 from runtime.bundle import publish
 from runtime.errors import CheckpointError, UsageError
+from runtime.files import published
 from runtime.progress import Observer, Progress, ignore
 from videolavit.config import PRESETS, ModelConfig
 from videolavit.inventory import FINE_TUNED, UNDERSTANDING, for_task, inventory, module_of
@@ -33,11 +35,11 @@ from videolavit.models.components import COMPONENTS, build
 from videolavit.safetensors_writer import write_safetensors
 from videolavit.snapshot import Snapshot, SnapshotError, is_snapshot, read_snapshot
 
-FORMAT = 1
+FORMAT = 2
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.model"
 ASSETS = Path(__file__).parent / "assets"
-TOKENIZERS = {"shapes": ASSETS / "shapes_tokenizer.model"}  # presets whose tokenizer is shipped
+TOKENIZERS = dict.fromkeys(("shapes", "tiny"), ASSETS / "shapes_tokenizer.model")  # presets whose tokenizer is shipped
 LISTED = 5  # tensors named per kind of misfit in a report
 
 
@@ -61,7 +63,7 @@ class Checkpoint:
 
     Attributes:
         config: sizes and settings.
-        trained: False for random weights.
+        untrained: names of the components that still have random weights.
         tokenizer: the sentencepiece file's bytes.
         weights: where tensors come from.
         components: names of all components, those of the fine-tuned understanding model included.
@@ -71,18 +73,23 @@ class Checkpoint:
         self,
         config: ModelConfig,
         *,
-        trained: bool,
         tokenizer: bytes,
         weights: Weights,
         components: Sequence[str] = tuple(COMPONENTS),
+        untrained: Collection[str] = (),
     ) -> None:
         self.config = config
-        self.trained = trained
+        self.untrained = tuple(name for name in components if name in untrained)
         self.tokenizer = tokenizer
         self.weights = weights
         self.components = tuple(components)
         self._modules: dict[str, nn.Module] = {}  # by the names of `components`
         self._names: dict[str, str] = {}  # where this object has other names for them
+
+    @property
+    def trained(self) -> bool:
+        """Whether no component has random weights."""
+        return not self.untrained
 
     def resolve(self, name: str, task: str | None = None) -> str:
         """Component that `task` uses as `name`: its own copy where the model has one."""
@@ -138,8 +145,7 @@ class Checkpoint:
         CheckpointError when weights do not fit the configuration.
         """
         with publish(folder, replace=force, marker=CONFIG, kind="a checkpoint") as staging:
-            header = {"format": FORMAT, "trained": self.trained, "model": self.config}
-            (staging / CONFIG).write_bytes(msgspec.json.format(msgspec.json.encode(header), indent=2) + b"\n")
+            (staging / CONFIG).write_bytes(_Header(untrained=self.untrained, model=self.config).text())
             (staging / TOKENIZER).write_bytes(self.tokenizer)
             for count, component in enumerate(self.components, 1):
                 path = staging / f"{component}.safetensors"
@@ -153,7 +159,7 @@ class Checkpoint:
         source = self.weights
         stored = source.stored(component) if isinstance(source, StoredWeights) else source.tensors(component)
         for name, tensor in stored:
-            yield name, tensor if tensor.dtype.itemsize == 2 else _smallest(tensor)
+            yield name, _smallest(tensor)
 
 
 class _RenamedWeights:
@@ -168,7 +174,7 @@ class _RenamedWeights:
 
 
 def initialise(preset: str, seed: int) -> Checkpoint:
-    """A checkpoint of `preset` (a key of `PRESETS`) with random weights from `seed`, marked as not trained.
+    """A checkpoint of `preset` (a key of `PRESETS`) with random weights from `seed`, marked as untrained.
 
     Every value is representable in float16. Raises UsageError for an unknown preset or one without a shipped
     tokenizer.
@@ -181,7 +187,8 @@ def initialise(preset: str, seed: int) -> Checkpoint:
         )
     config = PRESETS[preset]
     tokenizer = TOKENIZERS[preset].read_bytes()
-    return Checkpoint(config, trained=False, tokenizer=tokenizer, weights=RandomWeights(config, seed))
+    weights = RandomWeights(config, seed)
+    return Checkpoint(config, tokenizer=tokenizer, weights=weights, untrained=tuple(COMPONENTS))
 
 
 def load(folder: Path) -> Checkpoint:
@@ -192,22 +199,7 @@ def load(folder: Path) -> Checkpoint:
     """
     if is_snapshot(folder):
         return from_snapshot(read_snapshot(folder))
-    path = folder / CONFIG
-    if not path.is_file():
-        raise CheckpointError(
-            f"{folder}: no checkpoint, there is no {CONFIG} in it and no file of an official snapshot; "
-            "make one with `videolavit init`"
-        )
-    try:
-        raw = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
-        if raw.get("format") != FORMAT:
-            raise CheckpointError(f"{path}: format is {raw.get('format')!r}, this version reads {FORMAT}")
-        header = msgspec.convert(raw, _Header)
-        unknown = _unknown_keys(raw["model"], msgspec.to_builtins(header.model), "model")
-    except msgspec.DecodeError as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    if unknown:
-        raise CheckpointError(f"{path}: unknown keys {', '.join(unknown)}; remove them")
+    header = _read_header(folder)
     own = tuple(for_task(name) for name in FINE_TUNED) if (folder / UNDERSTANDING).is_dir() else ()
     components = (*COMPONENTS, *own)
     missing = [name for name in (TOKENIZER, *(f"{c}.safetensors" for c in components)) if not (folder / name).is_file()]
@@ -215,10 +207,10 @@ def load(folder: Path) -> Checkpoint:
         raise CheckpointError(f"{folder}: {', '.join(missing)} missing; copy the checkpoint whole")
     return Checkpoint(
         header.model,
-        trained=header.trained,
         tokenizer=(folder / TOKENIZER).read_bytes(),
         weights=FolderWeights(folder),
         components=components,
+        untrained=header.untrained,
     )
 
 
@@ -228,11 +220,35 @@ def from_snapshot(snapshot: Snapshot) -> Checkpoint:
         raise SnapshotError(snapshot.report)
     return Checkpoint(
         snapshot.config,
-        trained=True,
         tokenizer=snapshot.tokenizer,
         weights=snapshot.weights,
         components=snapshot.components,
     )
+
+
+def publish_components(
+    folder: Path, states: Mapping[str, Mapping[str, Tensor]], trained: Collection[str] | None = None
+) -> None:
+    """Replace components of the checkpoint in `folder`: component name -> its full state dict, on any device.
+
+    Those in `trained` (None: all of `states`) are no longer listed as untrained. All are checked before the first
+    file is touched. Raises CheckpointError for an unknown component or one that does not fit the configuration.
+    """
+    header = _read_header(folder)
+    for name, state in states.items():
+        if not (folder / f"{name}.safetensors").is_file():
+            raise CheckpointError(f"{folder}: has no component {name!r}; it has {', '.join(COMPONENTS)}")
+        _check_fit(name, state, inventory(header.model, name))
+    for name, state in states.items():
+        with published(folder / f"{name}.safetensors") as staging:
+            shapes = dict(sorted(inventory(header.model, name).items()))
+            write_safetensors(staging, shapes, ((key, _smallest(state[key].detach().cpu())) for key in shapes))
+    done = states if trained is None else trained
+    # Read again: another run may have published in the meantime.
+    header = _read_header(folder)
+    left = tuple(name for name in header.untrained if name not in done)
+    with published(folder / CONFIG) as staging:
+        staging.write_bytes(_Header(untrained=left, model=header.model).text())
 
 
 class FolderWeights:
@@ -284,9 +300,36 @@ def _scaled(name: str, noise: Tensor) -> Tensor:
 
 
 class _Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    format: int
-    trained: bool
+    format: int = FORMAT
+    untrained: tuple[str, ...]
     model: ModelConfig
+
+    def text(self) -> bytes:
+        return msgspec.json.format(msgspec.json.encode(self), indent=2) + b"\n"
+
+
+def _read_header(folder: Path) -> _Header:
+    """`config.json` of a checkpoint folder. Raises CheckpointError when it is not there or not of this version."""
+    path = folder / CONFIG
+    if not path.is_file():
+        raise CheckpointError(
+            f"{folder}: no checkpoint, there is no {CONFIG} in it and no file of an official snapshot; "
+            "make one with `videolavit init`"
+        )
+    try:
+        raw = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+        if raw.get("format") != FORMAT:
+            raise CheckpointError(f"{path}: format is {raw.get('format')!r}, this version reads {FORMAT}")
+        header = msgspec.convert(raw, _Header)
+        unknown = _unknown_keys(raw["model"], msgspec.to_builtins(header.model), "model")
+    except msgspec.DecodeError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    if unknown:
+        raise CheckpointError(f"{path}: unknown keys {', '.join(unknown)}; remove them")
+    strange = [name for name in header.untrained if module_of(name) not in COMPONENTS]
+    if strange:
+        raise CheckpointError(f"{path}: untrained: there is no component {', '.join(strange)}")
+    return header
 
 
 def _unknown_keys(raw: Any, known: Any, where: str) -> list[str]:
@@ -299,7 +342,7 @@ def _unknown_keys(raw: Any, known: Any, where: str) -> list[str]:
     return unknown
 
 
-def _check_fit(component: str, state: dict[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
+def _check_fit(component: str, state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
     wrong = [
         f"{name} is {list(state[name].shape)}, must be {list(shape)}"
         for name, shape in expected.items()
@@ -320,6 +363,8 @@ def _check_fit(component: str, state: dict[str, Tensor], expected: Mapping[str, 
 
 
 def _smallest(tensor: Tensor) -> Tensor:
-    """`tensor` as float16 when that is exact, unchanged otherwise."""
+    """`tensor` as float16 when that is exact, unchanged otherwise; one that is stored in 16 bits stays as it is."""
+    if tensor.dtype.itemsize == 2:
+        return tensor
     half = tensor.half()
     return half if torch.equal(half.float(), tensor) else tensor.contiguous()

@@ -28,9 +28,12 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "doctor": ("runtime.commands.doctor", "doctor", "Say what works on this machine and what to install."),
     "init": ("videolavit.commands", "init", "Write a checkpoint with random weights."),
     "convert": ("videolavit.commands", "convert", "Check official weights, or rewrite them as a checkpoint."),
+    "train": ("videolavit.training.commands", "train", "Train a part of a checkpoint."),
     "export": ("export.commands", "export", "Turn a checkpoint into an engine bundle."),
+    "tokenize": ("videolavit.training.data.commands", "tokenize", "Run the tokenizers over training data once."),
     "fidelity": ("export.fidelity.command", "fidelity", "Compare the model with golden numbers of the reference."),
     "verify": ("export.commands", "verify", "Compare a bundle with its checkpoint in torch."),
+    "evaluate": ("videolavit.evaluation.command", "evaluate", "Measure what a bundle makes of held-out prompts."),
 }
 
 
@@ -60,7 +63,9 @@ def missing_library(command: str, error: ModuleNotFoundError) -> EnvironmentProb
     missing = (error.name or "").split(".")[0]
     if missing in {"runtime", "videolavit", "export"}:
         raise error
-    extra = "export" if COMMANDS[command][0].startswith(("export", "videolavit")) else "cpu"
+    module = COMMANDS[command][0]
+    extra = "train" if module.startswith("videolavit.training") else "export"
+    extra = extra if module.startswith(("export", "videolavit")) else "cpu"
     return EnvironmentProblem(
         f"`videolavit {command}` needs {missing}, which is not installed; run: pip install 'videolavit[{extra}]'"
     )

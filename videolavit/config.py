@@ -1,4 +1,4 @@
-"""Model configurations: one frozen dataclass per module, and the two presets.
+"""Model configurations: one frozen dataclass per module, and the presets.
 
 Contract: every size a module needs is here; the same code builds `shapes` (the small demo model) and
 `video-lavit-7b` (the official sizes, `spec: state_dict inventories`). Vocabulary, geometry and schedulers are the
@@ -124,6 +124,7 @@ class VideoUNetConfig:
     layers_per_block: int = 2
     cross_attention_dim: int = 1024
     time_id_dim: int = 256
+    norm_groups: int = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +136,7 @@ class VideoVaeConfig:
 
     block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
     layers_per_block: int = 2
+    norm_groups: int = 32
     scaling_factor: float = 0.18215
     sample_size: int = 768
 
@@ -175,9 +177,70 @@ class ModelConfig:
 
 
 def _shapes() -> ModelConfig:
-    eva = EvaConfig(image_size=128, patch_size=16, width=64, layers=3, heads=4, classes=8)
+    # 8 norm groups: 32 would be one or two channels each at these widths, and erase what a channel says on its own.
+    eva = EvaConfig(image_size=128, patch_size=16, width=96, layers=4, heads=4, classes=8)
     return ModelConfig(
         name="shapes",
+        vocabulary=Vocabulary(text_size=512, visual_codes=512, motion_codes=256),
+        geometry=Geometry(
+            motion_grid=(16, 16),
+            image_size=128,
+            patch_size=16,
+            size_multiple=32,
+            max_side=512,
+            keyframe_size=(128, 128),
+            video_size=(128, 128),
+        ),
+        motion_tokenizer=MotionTokenizerConfig(
+            grid=(16, 16), dim=32, heads=2, stages=(1, 1, 1, 1), codes=256, code_dim=8
+        ),
+        motion_encoder=MotionConditionConfig(dim=32, heads=2, depth=2, out_dim=32),
+        visual_tokenizer=VisualTokenizerConfig(eva=eva, layers=2, heads=4, codes=512, code_dim=16, llm_dim=128),
+        keyframe_decoder=KeyframeDecoderConfig(
+            patches=64, code_dim=16, width=96, depth=3, heads=4, out_dim=96, projections=(32, 64), pooled_dim=64
+        ),
+        keyframe_unet=KeyframeUNetConfig(
+            block_out_channels=(64, 96),
+            transformer_layers=(None, 1),
+            heads=(2, 4),
+            layers_per_block=1,
+            cross_attention_dim=96,
+            pooled_dim=64,
+            time_id_dim=8,
+            norm_groups=8,
+            sample_size=16,
+        ),
+        keyframe_vae=KeyframeVaeConfig(block_out_channels=(16, 32, 64, 64), norm_groups=8, sample_size=128),
+        video_unet=VideoUNetConfig(
+            block_out_channels=(32, 64, 64),
+            heads=(1, 2, 2),
+            layers_per_block=1,
+            cross_attention_dim=32,
+            time_id_dim=8,
+            norm_groups=8,
+        ),
+        video_vae=VideoVaeConfig(block_out_channels=(16, 32, 64, 64), norm_groups=8, sample_size=128),
+        language_model=LanguageModelConfig(
+            hidden_size=128, intermediate_size=384, layers=4, heads=8, kv_heads=8, max_positions=1024
+        ),
+        keyframe_scheduler=SchedulerSettings(kind="ddim", prediction="v_prediction", spacing="trailing", beta_end=0.02),
+        defaults=TaskDefaults(
+            image_guidance=2.0,
+            keyframe_steps=16,
+            video_steps=12,
+            max_image_tokens=66,
+            min_image_tokens=4,
+            max_answer_tokens=64,
+            min_answer_tokens=1,
+            max_clips=6,
+        ),
+    )
+
+
+def _tiny() -> ModelConfig:
+    eva = EvaConfig(image_size=128, patch_size=16, width=64, layers=3, heads=4, classes=8)
+    return ModelConfig(
+        name="tiny",
         vocabulary=Vocabulary(text_size=512, visual_codes=512, motion_codes=256),
         geometry=Geometry(
             motion_grid=(16, 16),
@@ -230,4 +293,8 @@ def _shapes() -> ModelConfig:
     )
 
 
-PRESETS: dict[str, ModelConfig] = {"shapes": _shapes(), "video-lavit-7b": ModelConfig(name="video-lavit-7b")}
+PRESETS: dict[str, ModelConfig] = {
+    "tiny": _tiny(),  # every part at its smallest, for tests
+    "shapes": _shapes(),
+    "video-lavit-7b": ModelConfig(name="video-lavit-7b"),
+}

@@ -2,6 +2,8 @@
 
 Contract: the same corpus gives the same pieces. The model has byte pieces, so every text can be written; its ids 0, 1
 and 2 are `<unk>`, `<s>`, `</s>`; it changes nothing but adding a dummy space in front (`runtime.tokenizers` reads it).
+Unlike Llama's it is a unigram model: byte-pair encoding spends a piece on every step towards a long word, and a few
+hundred pieces do not hold the words of the world of shapes that way.
 `python -m videolavit.tokenizer_training` writes the demo model's tokenizer anew.
 """
 
@@ -20,7 +22,7 @@ SHAPES_TOKENIZER = Path(__file__).parent / "assets" / "shapes_tokenizer.model"
 
 
 def train_text_tokenizer(corpus: Iterable[str], size: int, path: str | Path) -> None:
-    """Train a BPE tokenizer and write it to `path`, a SentencePiece model file.
+    """Train a unigram tokenizer and write it to `path`, a SentencePiece model file.
 
     Args:
         corpus: lines of text; how often a word occurs decides whether it becomes one piece.
@@ -35,7 +37,7 @@ def train_text_tokenizer(corpus: Iterable[str], size: int, path: str | Path) -> 
             sentence_iterator=iter(corpus),
             model_writer=model,
             vocab_size=size,
-            model_type="bpe",
+            model_type="unigram",
             byte_fallback=True,
             character_coverage=1.0,
             unk_id=UNK,
@@ -58,6 +60,6 @@ def train_text_tokenizer(corpus: Iterable[str], size: int, path: str | Path) -> 
 
 if __name__ == "__main__":
     from videolavit.config import PRESETS
-    from videolavit.shapes_text import sentences
+    from videolavit.shapes.words import corpus
 
-    train_text_tokenizer(sentences(), PRESETS["shapes"].vocabulary.text_size, SHAPES_TOKENIZER)
+    train_text_tokenizer(corpus(), PRESETS["shapes"].vocabulary.text_size, SHAPES_TOKENIZER)

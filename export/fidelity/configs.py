@@ -81,7 +81,7 @@ def checkpoint(
 ) -> Checkpoint:
     """The case's weights (or `weights`) as a checkpoint of `config`; see GoldenWeights. Raises CheckpointError."""
     source = GoldenWeights(golden.weights if weights is None else weights, prefixes, config, partial)
-    return Checkpoint(config, trained=False, tokenizer=b"", weights=source)
+    return Checkpoint(config, tokenizer=b"", weights=source)
 
 
 def fill(module: nn.Module, weights: Arrays, prefix: str = "") -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from diffusers import AutoencoderKL, AutoencoderKLTemporalDecoder, UNet2DConditionModel
 
 from videolavit.config import KeyframeUNetConfig, KeyframeVaeConfig, VideoVaeConfig
+from videolavit.models.norm_groups import norm_groups
 
 TIME_IDS = 6  # (original height, width, crop top, left, target height, width)
 LATENT_CHANNELS = 4
@@ -56,13 +57,14 @@ def build_keyframe_vae(config: KeyframeVaeConfig) -> AutoencoderKL:
 
 def build_video_vae(config: VideoVaeConfig) -> AutoencoderKLTemporalDecoder:
     """Autoencoder whose decoder also convolves over time."""
-    return AutoencoderKLTemporalDecoder(
-        in_channels=3,
-        out_channels=3,
-        latent_channels=LATENT_CHANNELS,
-        down_block_types=("DownEncoderBlock2D",) * len(config.block_out_channels),
-        block_out_channels=config.block_out_channels,
-        layers_per_block=config.layers_per_block,
-        scaling_factor=config.scaling_factor,
-        sample_size=config.sample_size,
-    )
+    with norm_groups(config.norm_groups):
+        return AutoencoderKLTemporalDecoder(
+            in_channels=3,
+            out_channels=3,
+            latent_channels=LATENT_CHANNELS,
+            down_block_types=("DownEncoderBlock2D",) * len(config.block_out_channels),
+            block_out_channels=config.block_out_channels,
+            layers_per_block=config.layers_per_block,
+            scaling_factor=config.scaling_factor,
+            sample_size=config.sample_size,
+        )

@@ -1,0 +1,96 @@
+"""The world of shapes as a source: endless, drawn by lot, nothing on disk.
+
+Contract: item i depends on (seed, split, clips, i) alone. Motion is read from pictures of 128 or 256 pixels, drawn by
+lot as well, so that the model meets both densities of macroblocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from runtime.errors import UsageError
+from runtime.geometry import Geometry
+from videolavit.shapes import (
+    FRAMES,
+    MOTION_SIDES,
+    SPLITS,
+    Scene,
+    caption,
+    picture_caption,
+    picture_questions,
+    questions,
+    render_frame,
+    sample_scene,
+)
+from videolavit.shapes.clips import clips
+from videolavit.training.data.examples import ClipExample, PictureExample, Question
+
+WORDINGS = 4  # captions drawn per item; equal ones count once
+
+
+class ShapesSource:
+    """Scenes of the world of shapes.
+
+    Args:
+        geometry: of the model; its clips must have as many frames as the scenes'.
+        split: "train" or "held-out".
+        size: number of items.
+        seed: 0 or more.
+        clips: clips per item.
+
+    Raises:
+        UsageError: an argument is not one of these.
+    """
+
+    def __init__(
+        self, geometry: Geometry, *, split: str = "train", size: int = 1_000_000, seed: int = 0, clips: int = 1
+    ) -> None:
+        if split not in SPLITS:
+            raise UsageError(f"split {split!r}: the world of shapes has {' and '.join(SPLITS)}")
+        if geometry.frames != FRAMES:
+            raise UsageError(f"the world of shapes has clips of {FRAMES} frames, this model's have {geometry.frames}")
+        self.split, self.size, self.seed, self.clips = split, size, seed, clips
+
+    def __len__(self) -> int:
+        return self.size
+
+    def identity(self) -> Mapping[str, object]:
+        return {"source": "shapes", "split": self.split, "seed": self.seed, "clips": self.clips}
+
+    def moves(self, index: int) -> bool:
+        return True
+
+    def scene(self, index: int) -> tuple[Scene, np.random.Generator]:
+        """Scene `index`, and the generator of everything else that is drawn for it."""
+        if not 0 <= index < self.size:
+            raise IndexError(index)
+        rng = np.random.default_rng([self.seed, index])
+        scene = sample_scene(int(rng.integers(2**62)), split=self.split, clips=self.clips)
+        return scene, rng
+
+    def picture(self, index: int) -> PictureExample:
+        scene, rng = self.scene(index)
+        return PictureExample(
+            image=render_frame(scene, 0),
+            captions=_wordings(picture_caption, scene, rng),
+            questions=tuple(Question(*asked) for asked in picture_questions(scene, rng)),
+        )
+
+    def clip(self, index: int) -> ClipExample:
+        scene, rng = self.scene(index)
+        parts = clips(scene, int(rng.choice(MOTION_SIDES)))
+        return ClipExample(
+            frames=np.concatenate([part.frames for part in parts]),
+            grid=np.concatenate([part.grid for part in parts]),
+            clip_count=len(parts),
+            captions=_wordings(caption, scene, rng),
+            questions=tuple(Question(*asked) for asked in questions(scene, rng)),
+        )
+
+
+def _wordings(
+    say: Callable[[Scene, np.random.Generator], str], scene: Scene, rng: np.random.Generator
+) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(say(scene, rng) for _ in range(WORDINGS)))

@@ -1,0 +1,86 @@
+"""Clips of a tokenised folder as training items, one clip an item.
+
+Contract: item i is a pure function of (folder, seed, i). Of an item with several clips, seed and number choose one.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from runtime.errors import UsageError
+from runtime.motion.grid import model_motion
+from videolavit.models.components import build
+from videolavit.training.data import Source
+from videolavit.training.data.tokenized import TokenizedDataset
+from videolavit.training.settings import DataSettings
+from videolavit.training.stage import StageContext
+
+
+class TokenizedClips(Dataset[dict[str, Tensor]]):
+    """The wanted `fields` of one clip per item, without their leading axis."""
+
+    def __init__(self, items: TokenizedDataset, fields: tuple[str, ...], seed: int) -> None:
+        self.items, self.fields, self.seed = items, fields, seed
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        item = self.items[index]
+        clips = len(item[self.fields[0]])
+        if not clips:
+            raise UsageError(f"{self.items.folder}: item {index} is a picture; this stage takes folders of videos only")
+        chosen = int(np.random.default_rng([self.seed, index]).integers(clips))
+        return {name: item[name][chosen] for name in self.fields}
+
+
+class MotionFields(Dataset[dict[str, Tensor]]):
+    """The motion of a raw source's clips on the tokenizer's grid: "motion" [2, T, rows, columns]."""
+
+    def __init__(self, source: Source, grid: tuple[int, int], seed: int) -> None:
+        self.source, self.grid, self.seed = source, grid, seed
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        _, grids = self.source.clip(index).per_clip()
+        chosen = int(np.random.default_rng([self.seed, index]).integers(len(grids)))
+        return {"motion": torch.from_numpy(model_motion(grids[chosen], self.grid))}
+
+
+def open_tokenized(data: DataSettings, fields: tuple[str, ...], stage: str) -> TokenizedDataset:
+    """The tokenised folder that `data` names.
+
+    Raises UsageError when it names another kind of source or no path, and DataError when the folder lacks a field.
+    """
+    if data.source != "tokenized" or data.path is None:
+        raise UsageError(
+            f'data.source {data.source}: {stage} trains on a tokenised folder (source = "tokenized" and its path); '
+            f"make one with `videolavit tokenize SOURCE -o FOLDER --checkpoint DIR --fields {','.join(fields)}`"
+        )
+    return TokenizedDataset(Path(data.path), fields)
+
+
+def stacked(dataset: Any, count: int) -> dict[str, Tensor]:
+    """The first `count` items of `dataset`, stacked: fields [N, ...]."""
+    items = [dataset[index] for index in range(min(count, len(dataset)))]
+    return torch.utils.data.default_collate(items)
+
+
+def trainable(context: StageContext, component: str) -> Any:
+    """A copy of `component` to train; one that was never trained starts from its module's own initial weights instead,
+    drawn from the context's seed."""
+    checkpoint = context.checkpoint
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(context.seed)
+        module = build(checkpoint.config, component)
+    if component not in checkpoint.untrained:
+        module.load_state_dict(checkpoint.component(component).state_dict())
+    return module

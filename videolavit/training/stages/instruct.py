@@ -1,0 +1,122 @@
+"""Stage `instruct`: questions about pictures and videos, and their answers.
+
+Objective: cross-entropy on answers alone, after the conversation of `runtime.prompts` (reference semantics §13) with
+pictures as the merger's continuous features through `vit_proj` and motion as ids. Vision transformer, token predictor
+and merger stay frozen; which patches are kept is drawn anew each time. The small model has one language model for
+writing and for answering, so a share of the rows are generation rows of the stage before: nothing is forgotten.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from typing import Annotated, Any, ClassVar, cast
+
+import msgspec
+import numpy as np
+import torch
+from torch import Tensor
+
+from videolavit.training.stages.language_model import (
+    LanguageModelStage,
+    NotNegative,
+    PartWeights,
+    SequenceModel,
+    Validation,
+    _moved,
+    trainable_language_model,
+)
+from videolavit.training.stages.sequences import Chance, Item, Mix, More, Row
+
+CHUNK = 64  # rows of a validation batch
+
+
+class InstructOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Options of the stage `instruct`.
+
+    Attributes:
+        generation: share of the rows that are generation rows.
+        answers: what the mean loss of answers counts beside that of generation rows.
+        mix, weights: of generation rows, as in the stage `language-model`.
+        repeats, more, groups, longest, validation: as in the stage `language-model`.
+    """
+
+    generation: Chance = 0.3
+    answers: NotNegative = 1.0
+    mix: Mix = Mix()
+    weights: PartWeights = PartWeights()
+    repeats: Annotated[int, msgspec.Meta(ge=1)] = 1
+    more: list[More] = msgspec.field(default_factory=list)
+    groups: Annotated[int, msgspec.Meta(ge=1)] = 4
+    longest: Annotated[int, msgspec.Meta(ge=8)] | None = None
+    validation: Validation = Validation()
+
+
+class InstructStage(LanguageModelStage):
+    """Trains the language model and `vit_proj` of the visual tokenizer on questions."""
+
+    name: ClassVar[str] = "instruct"
+    trains: ClassVar[tuple[str, ...]] = ("language_model", "visual_tokenizer")
+    Options: ClassVar[type[msgspec.Struct]] = InstructOptions
+    fields: ClassVar[tuple[str, ...]] = ("visual_ids", "motion_ids", "features", "keep_logits")
+
+    def build_module(self) -> SequenceModel:
+        frozen = cast(Any, self.context.checkpoint.component("visual_tokenizer"))
+        self.tokenizer = copy.deepcopy(frozen).to(self.context.device)
+        return SequenceModel(
+            trainable_language_model(self.context),
+            self.context.checkpoint.config.vocabulary,
+            self.options.weights,
+            projector=copy.deepcopy(frozen.vit_proj).requires_grad_(True).train(),
+            answers=self.options.answers,
+        )
+
+    def row(self, item: Item, index: int, rng: np.random.Generator) -> Row:
+        if not item["questions"] or rng.random() < self.options.generation:
+            return super().row(item, index, rng)
+        topics = defaultdict(list)
+        for question in item["questions"]:
+            topics[question.topic].append(question)
+        asked = topics[list(topics)[int(rng.integers(len(topics)))]]
+        question = asked[int(rng.integers(len(asked)))]
+        return self.layout.conversation(item, question.question, question.answer, (self.context.seed, index))
+
+    @torch.no_grad()
+    def prepare(self, batch: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:
+        width = self.context.checkpoint.config.visual_tokenizer.eva.width
+        if "features" not in batch:
+            device = batch["ids"].device
+            empty = torch.zeros(0, 2, dtype=torch.long, device=device)
+            return {**batch, "merged": torch.zeros(0, width, device=device), "places": empty}
+        merged = self.tokenizer.merge(batch["features"], batch["keep"])  # [P, N, W]
+        return {**batch, "merged": merged[batch["keep"] > 0.5]}
+
+    @torch.no_grad()
+    def validate(self, generator: torch.Generator) -> dict[str, float]:
+        held_out = self.held_out()
+        if held_out is None:
+            return {}
+        asked = [(item, question) for item in held_out.items for question in item["questions"]]
+        right: dict[str, list[bool]] = defaultdict(list)
+        for start in range(0, len(asked), CHUNK):
+            part = asked[start : start + CHUNK]
+            rows = [
+                self.layout.conversation(item, question.question, question.answer, (0, start + offset))
+                for offset, (item, question) in enumerate(part)
+            ]
+            order = sorted(range(len(rows)), key=lambda at: len(rows[at].ids))
+            batch = self.prepare(_moved(self.collate([rows[at] for at in order]), self.context.device), generator)
+            best, _, labels, _ = self.module.predict(batch)
+            # A greedy answer is exact if, and only if, every id of it is the likeliest after those before.
+            counts = [sum(kind > 0 for kind in rows[at].kinds) for at in order]
+            for at, matches in zip(order, (best == labels).split(counts), strict=True):
+                right[part[at][1].topic].append(bool(matches.all()))
+        answers = {f"answers {topic}": float(np.mean(hits)) for topic, hits in sorted(right.items())}
+        total = float(np.mean([hit for hits in right.values() for hit in hits]))
+        return {"answers": total, **answers, **super().validate(generator)}
+
+    def components(self) -> dict[str, dict[str, Tensor]]:
+        state = dict(self.context.checkpoint.component("visual_tokenizer").state_dict())
+        projector = cast(Any, self.module.projector)
+        projected = {f"vit_proj.{name}": value for name, value in projector.state_dict().items()}
+        return {**super().components(), "visual_tokenizer": state | projected}

@@ -1,0 +1,217 @@
+"""Stage `language-model`: one Llama writes text, pictures and motion.
+
+Objective (training notes of the specification): next-token cross-entropy over mixed rows in both orders, [text, visual]
+and [visual, text], pictures and videos; the text is dropped at random, so that guidance has an unconditional branch.
+Rows are those of `videolavit.training.stages.sequences`. Padding stands on the right, where the causal mask alone keeps
+it from every real position, and the vocabulary's scores are computed at learnt positions only.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, cast
+
+import msgspec
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from runtime.errors import UsageError
+from runtime.vocabulary import Vocabulary
+from videolavit.checkpoints import Checkpoint
+from videolavit.models.components import build
+from videolavit.training.data.tokenized import TokenizedDataset
+from videolavit.training.stage import Stage, StageContext
+from videolavit.training.stages import sequences
+from videolavit.training.stages.held_out import HeldOut
+from videolavit.training.stages.sequences import ANSWER, CONTEXT, GENERATED, Item, Layout, Mix, More, Row
+
+NotNegative = Annotated[float, msgspec.Meta(ge=0.0)]
+
+
+class PartWeights(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a token of each part counts in the loss of generation rows."""
+
+    text: NotNegative = 1.0
+    image: NotNegative = 1.0
+    motion: NotNegative = 1.0
+
+
+class Validation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Figures on held-out scenes of the world of shapes.
+
+    Attributes:
+        scenes: their number; 0: no validation.
+        greedy_image: take the likeliest image ids instead of sampling them.
+        text_guidance, motion_guidance, top_k, temperature: as in the runtime; None is the model's own default.
+    """
+
+    scenes: Annotated[int, msgspec.Meta(ge=0)] = 0
+    greedy_image: bool = False
+    text_guidance: float | None = None
+    motion_guidance: float | None = None
+    top_k: int | None = None
+    temperature: float | None = None
+
+
+class LanguageModelOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Options of the stage `language-model`.
+
+    Attributes:
+        mix: forms of rows.
+        weights: of the parts of the vocabulary.
+        repeats: how often an item comes in an epoch, each time with other words and another form.
+        more: other tokenised folders and their shares; the rest of the rows are of `data.path`.
+        groups: runs of rows of like length that a batch is computed in; more save padding, fewer are larger.
+        longest: most positions of a row; None: the model's.
+        validation: figures on held-out scenes.
+    """
+
+    mix: Mix = Mix()
+    weights: PartWeights = PartWeights()
+    repeats: Annotated[int, msgspec.Meta(ge=1)] = 1
+    more: list[More] = msgspec.field(default_factory=list)
+    groups: Annotated[int, msgspec.Meta(ge=1)] = 4
+    longest: Annotated[int, msgspec.Meta(ge=8)] | None = None
+    validation: Validation = Validation()
+
+
+class SequenceModel(nn.Module):
+    """The language model and, for pictures as features, their projection.
+
+    Args:
+        answers: what the mean loss of answers counts beside that of generation rows.
+    """
+
+    def __init__(
+        self,
+        language_model: Any,
+        vocabulary: Vocabulary,
+        weights: PartWeights,
+        *,
+        projector: nn.Module | None = None,
+        answers: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.language_model = language_model
+        self.projector = projector
+        self.vocabulary, self.weights, self.answers = vocabulary, weights, answers
+
+    def forward(self, batch: dict[str, Any], generator: torch.Generator, step: int) -> dict[str, Tensor]:
+        """batch of `sequences.collate`, with `merged` [M, W] where it has places -> losses in nats per token."""
+        _, losses, labels, kinds = self.predict(batch)
+        text, image = labels < self.vocabulary.text_size, labels < self.vocabulary.motion_start
+        weights = self.weights
+        worth = torch.where(text, weights.text, torch.where(image, weights.image, weights.motion))
+        generated, answered = kinds == GENERATED, kinds == ANSWER
+        parts = {"text": generated & text, "image": generated & image & ~text, "motion": generated & ~image}
+        if self.projector is not None:
+            parts["answer"] = answered
+        loss = _mean(losses, generated * worth) + self.answers * _mean(losses, answered)
+        # All parts, always, because processes average what they log by name; 0 for one that is not in the batch.
+        return {"loss": loss, **{name: _mean(losses.detach(), mask) for name, mask in parts.items()}}
+
+    def predict(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """At all n learnt positions of a batch: likeliest id, loss, label and kind, [n] each; and by rows of them."""
+        model = self.language_model
+        embeds = model.get_input_embeddings()(batch["ids"])  # [B, S, D]
+        if self.projector is not None and "merged" in batch:
+            features = self.projector(batch["merged"])  # [M, D]
+            embeds = embeds.index_put(tuple(batch["places"].unbind(1)), features.to(embeds.dtype))
+        found: list[tuple[Tensor, ...]] = []
+        for start, stop, longest in batch["groups"]:
+            labels, kinds = batch["labels"][start:stop, :longest], batch["kinds"][start:stop, :longest]
+            learnt = kinds != CONTEXT
+            hidden = model.model(inputs_embeds=embeds[start:stop, :longest], use_cache=False).last_hidden_state
+            scores = model.lm_head(hidden[learnt]).float()  # [n, V]
+            losses = F.cross_entropy(scores, labels[learnt], reduction="none")
+            found.append((scores.detach().argmax(-1), losses, labels[learnt], kinds[learnt]))
+        best, losses, labels, kinds = (torch.cat(part) for part in zip(*found, strict=True))
+        return best, losses, labels, kinds
+
+
+def _mean(values: Tensor, weights: Tensor) -> Tensor:
+    return (values * weights).sum() / weights.sum().clamp_min(1e-6)
+
+
+class LanguageModelStage(Stage):
+    """Trains the language model on tokenised pictures and videos."""
+
+    name: ClassVar[str] = "language-model"
+    trains: ClassVar[tuple[str, ...]] = ("language_model",)
+    Options: ClassVar[type[msgspec.Struct]] = LanguageModelOptions
+    module: SequenceModel
+    fields: ClassVar[tuple[str, ...]] = ("visual_ids", "motion_ids")
+
+    def __init__(self, context: StageContext, options: Any) -> None:
+        super().__init__(context, options)
+        config = context.checkpoint.config
+        longest = options.longest or config.language_model.max_positions
+        self.layout = Layout(context.checkpoint.tokenizer, config.vocabulary, longest)
+        self.module = self.build_module()
+        self._held_out: HeldOut | None = None
+
+    def build_module(self) -> SequenceModel:
+        language_model = trainable_language_model(self.context)
+        return SequenceModel(language_model, self.context.checkpoint.config.vocabulary, self.options.weights)
+
+    def dataset(self) -> sequences.Rows:  # type: ignore[override]
+        data = self.context.data
+        if data.source != "tokenized" or data.path is None:
+            raise UsageError(
+                f"data.source {data.source}: this stage reads what `videolavit tokenize` has written; "
+                'set data.source = "tokenized" and data.path'
+            )
+        more = [(self._items(other.path), other.share) for other in self.options.more]
+        if sum(share for _, share in more) > 1:
+            raise UsageError("options.more: the shares are more than 1 in all")
+        return sequences.Rows(self._items(data.path), self.context.seed, self.options.repeats, self.row, more)
+
+    def _items(self, folder: str) -> TokenizedDataset:
+        """The tokenised folder `folder`; one of pictures alone has no motion."""
+        stored = TokenizedDataset(folder).fields
+        items = TokenizedDataset(folder, [name for name in self.fields if name != "motion_ids" or name in stored])
+        items.require(self.context.checkpoint)
+        return items
+
+    def row(self, item: Item, index: int, rng: np.random.Generator) -> Row:
+        """The row that draw `index` makes of `item`."""
+        return self.layout.generation(item, self.options.mix, rng)
+
+    def collate(self, items: list[Any]) -> dict[str, Any]:
+        return sequences.collate(items, self.options.groups)
+
+    @torch.no_grad()
+    def validate(self, generator: torch.Generator) -> dict[str, float]:
+        held_out = self.held_out()
+        if held_out is None:
+            return {}
+        mix = Mix(condition_dropout=0, motion_alone=0, visual_first=0, learn_prompts=False)
+        rng = np.random.default_rng(0)
+        rows = [self.layout.generation(item, mix, rng) for item in held_out.items]
+        batch = self.prepare(_moved(self.collate(rows), self.context.device), generator)
+        losses = {f"held-out {name}": float(value) for name, value in self.module(batch, generator, 0).items()}
+        return losses | held_out.generation(self.module.language_model, self.layout, self.options.validation)
+
+    def held_out(self) -> HeldOut | None:
+        """Held-out scenes, made when they are first asked for."""
+        if self._held_out is None and self.options.validation.scenes:
+            self._held_out = HeldOut(self.context.checkpoint, self.options.validation.scenes)
+        return self._held_out
+
+    def components(self) -> dict[str, dict[str, Tensor]]:
+        return {"language_model": dict(self.module.language_model.state_dict())}
+
+
+def trainable_language_model(context: StageContext) -> Any:
+    """A copy of the checkpoint's language model, or one with new weights where the checkpoint's are random."""
+    checkpoint: Checkpoint = context.checkpoint
+    torch.manual_seed(context.seed)
+    model = cast(Any, build(checkpoint.config, "language_model"))
+    if "language_model" not in checkpoint.untrained:
+        model.load_state_dict(checkpoint.component("language_model").state_dict())
+    return model
+
+
+def _moved(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}

@@ -1,0 +1,260 @@
+"""Stage `video-detokenizer`: motion condition encoder and video UNet together (reference semantics §5, §9).
+
+Objective: denoising in the form of EDM (Karras and others, 2022) with v-prediction, as Stable Video Diffusion was
+trained. With noise of deviation sigma on clean latents x (times the VAE's scaling factor), the network reads
+(x + sigma n) / sqrt(sigma^2 + 1) and time 0.25 ln sigma, and says v = (n - sigma x) / sqrt(sigma^2 + 1). Plain squared
+error of v is EDM's weighting of the error of x. ln sigma is normal; its mean 1 and deviation 1.6 are Stable Video
+Diffusion's for image-to-video; what the official model took is not known.
+
+Conditions are what the sampler feeds: latents of the key frame with noise on its pixels, not scaled, and motion at
+latent size join the noisy latents as channels, and the motion states are attended to. A clip loses all three at once,
+at random, for the sampler's unconditional branch is zeros in all of them. Motion is the raw field for some clips and
+what the motion tokenizer makes of it for the others, since generation only ever has the latter.
+
+Contract: data is a tokenised folder with the fields of `FIELDS`. The VAE's encoder and the motion tokenizer are frozen.
+`moving_weight` depends on the conditions only, so it moves effort, not the optimum.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar
+
+import msgspec
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from runtime.errors import UsageError
+from runtime.images import resize_image
+from runtime.noise import Noise
+from videolavit.models.motion_resize import resize_motion
+from videolavit.reference import clips as reference
+from videolavit.training.data.encoding import Encoder
+from videolavit.training.data.encoding import Item as Example
+from videolavit.training.data.shapes_source import ShapesSource
+from videolavit.training.settings import CountOrNone, Positive, Share
+from videolavit.training.stage import Stage, StageContext
+from videolavit.training.stages.clips import TokenizedClips, open_tokenized, trainable
+from videolavit.training.stages.pictures import psnr, signed
+
+FIELDS = ("latents", "keyframe", "motion_latent", "motion_ids")
+MOVES = 0.015  # length of a vector, detokenizer's scale, below which a cell stands still
+
+
+class VideoDetokenizerOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Objective of the stage.
+
+    Attributes:
+        noise_mean, noise_deviation: of ln sigma.
+        drop: share of clips that are denoised without conditions.
+        tokenized_motion: share of clips whose motion comes from tokens.
+        augmentation_mean, augmentation_deviation: of the natural logarithm of the deviation of the noise on the key
+            frame, whose pixels are in [-1, 1].
+        moving_weight: weight of latents near which something has moved since the key frame, against the others; 1:
+            plain mean squared error.
+        frames: first frames of each clip that are trained on; 0: all.
+        probes: held-out clips that `validate` samples.
+        probe_steps: denoising steps of each.
+        probe_guidance: of their last frame; the first frame's is 1.
+    """
+
+    noise_mean: float = 1.0
+    noise_deviation: Positive = 1.6
+    drop: Share = 0.1
+    tokenized_motion: Share = 0.5
+    augmentation_mean: float = -3.0
+    augmentation_deviation: Annotated[float, msgspec.Meta(ge=0.0)] = 0.5
+    moving_weight: Annotated[float, msgspec.Meta(ge=1.0)] = 1.0
+    frames: CountOrNone = 0
+    probes: CountOrNone = 4
+    probe_steps: Annotated[int, msgspec.Meta(ge=2)] = 8
+    probe_guidance: float = 1.0
+
+
+class VideoDetokenizer(nn.Module):
+    """The two networks and the loss."""
+
+    def __init__(self, motion_encoder: Any, unet: Any, options: VideoDetokenizerOptions) -> None:
+        super().__init__()
+        self.motion_encoder = motion_encoder
+        self.unet = unet
+        self.options = options
+
+    def forward(self, batch: dict[str, Tensor], generator: torch.Generator, step: int) -> dict[str, Tensor]:
+        """Loss of what `VideoDetokenizerStage.prepare` gives.
+
+        Args:
+            batch: latents [B, T, 4, h, w], scaled; pictures [B, 4, h, w], not scaled; motion [B, 2, T, h, w]; time_ids
+                [B, 3].
+        """
+        options, clean, motion = self.options, batch["latents"], batch["motion"]
+        count = len(clean)
+        draw: dict[str, Any] = {"generator": generator, "device": clean.device}
+        sigma = (torch.randn(count, **draw) * options.noise_deviation + options.noise_mean).exp()  # [B]
+        noisy, target = noised(clean, torch.randn(clean.shape, **draw), sigma)
+        given = (torch.rand(count, 1, 1, 1, **draw) >= options.drop).to(clean.dtype)  # [B, 1, 1, 1]
+        states = self.motion_encoder(resize_motion(motion, *self.motion_encoder.grid)) * given
+        pictures = (batch["pictures"] * given)[:, None].expand(clean.shape)
+        vectors = motion.permute(0, 2, 1, 3, 4) * given[:, None]  # [B, T, 2, h, w]
+        said = self.unet(torch.cat([noisy, pictures, vectors], dim=2), 0.25 * sigma.log(), states, batch["time_ids"])
+        error = (said.float() - target).square().mean(2)  # [B, T, h, w]
+        weight = moved(motion) * (options.moving_weight - 1) + 1
+        return {"loss": (error * weight).sum() / weight.sum(), "error": error.mean().detach()}
+
+
+class VideoDetokenizerStage(Stage):
+    """Trains `motion_encoder` and `video_unet`."""
+
+    name = "video-detokenizer"
+    trains = ("motion_encoder", "video_unet")
+    Options: ClassVar[type[msgspec.Struct]] = VideoDetokenizerOptions
+    module: VideoDetokenizer
+
+    def __init__(self, context: StageContext, options: VideoDetokenizerOptions) -> None:
+        super().__init__(context, options)
+        source, config = context.checkpoint, context.checkpoint.config
+        self.geometry = config.geometry
+        if options.frames > self.geometry.frames:
+            raise UsageError(f"options.frames {options.frames}: a clip has {self.geometry.frames} frames")
+        untrained = [name for name in ("video_vae", "motion_tokenizer") if name in source.untrained]
+        if options.tokenized_motion == 0 and "motion_tokenizer" in untrained:
+            untrained.remove("motion_tokenizer")
+        if untrained:
+            raise UsageError(
+                f"{self.name}: {' and '.join(untrained)} of the checkpoint must be trained first (only with "
+                "options.tokenized_motion = 0 the motion tokenizer need not)"
+            )
+        self.scaling = config.video_vae.scaling_factor
+        self.vae: Any = source.component("video_vae").to(context.device)
+        self.tokenizer: Any = source.component("motion_tokenizer").to(context.device)
+        unet = trainable(context, "video_unet")
+        if "video_unet" in source.untrained:  # the first answer is then zero, which is nearly right
+            nn.init.zeros_(unet.conv_out.weight)
+            nn.init.zeros_(unet.conv_out.bias)
+        self.module = VideoDetokenizer(trainable(context, "motion_encoder"), unet, options)
+
+    def dataset(self) -> TokenizedClips:
+        """One clip per item of a tokenised folder."""
+        items = open_tokenized(self.context.data, FIELDS, self.name)
+        items.require(self.context.checkpoint)
+        return TokenizedClips(items, FIELDS, self.context.seed)
+
+    def prepare(self, batch: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:
+        """The module's input: see `VideoDetokenizer.forward`."""
+        options = self.options
+        device = batch["latents"].device
+        count = len(batch["latents"])
+        draw: dict[str, Any] = {"generator": generator, "device": device}
+        strength = torch.randn(count, **draw) * options.augmentation_deviation + options.augmentation_mean
+        strength = strength.exp()[:, None, None, None]
+        picture = signed(batch["keyframe"]).permute(0, 3, 1, 2)  # [B, 3, H, W]
+        picture = picture + strength * torch.randn(picture.shape, **draw)
+        motion = batch["motion_latent"]
+        spoken = torch.rand(count, **draw) < options.tokenized_motion
+        if spoken.any():
+            codes = batch["motion_ids"][spoken] - self.context.checkpoint.config.vocabulary.first_motion
+            motion = motion.clone()
+            motion[spoken] = self.tokenizer.reconstruct_from_codes(codes, *motion.shape[3:])
+        frames = options.frames or self.geometry.frames
+        return {
+            "latents": batch["latents"][:, :frames] * self.scaling,
+            "pictures": reference.encode(self.vae, picture),
+            "motion": motion[:, :, :frames],
+            "time_ids": self._time_ids(strength.flatten()),
+        }
+
+    def validate(self, generator: torch.Generator) -> dict[str, float]:
+        """Clips sampled from key frame and tokens of held-out scenes of the world of shapes.
+
+        Returns:
+            psnr, dB, over the frames after the first; `gain`: how much better that is than repeating the key frame as
+            the VAE has it; `motion_gain`: how much better than the same sampler under no motion. Scenes in which
+            nothing moves are left out.
+        """
+        config, options = self.context.checkpoint.config, self.options
+        if not options.probes:
+            return {}
+        noise = Noise(0)
+        strength = torch.full((1,), config.defaults.noise_augmentation, device=self.context.device)
+        figures: dict[str, list[Tensor]] = {"psnr": [], "gain": [], "motion_gain": []}
+        for codes, frames in self._probes(options.probes):
+            picture = reference.augment(signed(frames[:1]).permute(0, 3, 1, 2), float(strength), noise)
+            pictures = reference.encode(self.vae, picture)
+            spoken = self.tokenizer.reconstruct_from_codes(codes, *pictures.shape[2:])
+            shown = {}
+            for name, motion in (("true", spoken), ("none", torch.zeros_like(spoken))):
+                *_, latents = reference.denoise(
+                    self.module.unet,
+                    config.video_scheduler,
+                    pictures,
+                    motion,
+                    self.module.motion_encoder.encode(motion),
+                    self._time_ids(strength),
+                    steps=options.probe_steps,
+                    guidance=(1.0, options.probe_guidance),
+                    noise=Noise(1),
+                )
+                shown[name] = self._decode(latents)
+            shown["still"] = self._decode((pictures * self.scaling)[:, None].expand(latents.shape))
+            target = signed(frames[1:]).permute(0, 3, 1, 2)  # [T - 1, 3, H, W]
+            quality = {name: psnr(pixels[1:], target).mean() for name, pixels in shown.items()}
+            figures["psnr"].append(quality["true"])
+            figures["gain"].append(quality["true"] - quality["still"])
+            figures["motion_gain"].append(quality["true"] - quality["none"])
+        return {name: float(torch.stack(values).mean()) for name, values in figures.items()}
+
+    def components(self) -> dict[str, dict[str, Tensor]]:
+        """Both networks."""
+        module = self.module
+        return {"motion_encoder": module.motion_encoder.state_dict(), "video_unet": module.unet.state_dict()}
+
+    def _time_ids(self, strength: Tensor) -> Tensor:
+        """[B, 3] frames per second, motion bucket, and the noise on the key frame, `strength` [B]."""
+        config = self.context.checkpoint.config
+        fixed = strength.new_tensor([config.geometry.fps, config.defaults.motion_bucket]).expand(len(strength), 2)
+        return torch.cat([fixed, strength[:, None]], dim=1)
+
+    def _probes(self, count: int) -> list[tuple[Tensor, Tensor]]:
+        """Codes [1, tokens] and frames [T, H, W, 3] uint8 of the first `count` held-out scenes that move."""
+        checkpoint = self.context.checkpoint
+        source = ShapesSource(self.geometry, split="held-out")
+        encoder = Encoder(checkpoint, ("motion_ids",), self.geometry.video_size, seed=0, device=self.context.device)
+        found: list[tuple[Tensor, Tensor]] = []
+        index = 0
+        while len(found) < count:
+            scene, _ = source.scene(index)
+            if any(shape.motion.deed != "still" for shape in scene.shapes):
+                clip = source.clip(index)
+                rows = encoder.encode([Example(index=index, pictures=[clip.frames[0]], grid=clip.grid[None])])
+                codes = torch.from_numpy(rows["motion_ids"]).long() - checkpoint.config.vocabulary.first_motion
+                frames = np.stack([resize_image(frame, self.geometry.video_size) for frame in clip.frames])
+                found.append((codes.to(self.context.device), torch.from_numpy(frames).to(self.context.device)))
+            index += 1
+        return found
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        """latents [1, T, 4, h, w], scaled -> frames [T, 3, H, W]."""
+        return reference.decode(self.vae, latents, self.context.checkpoint.config.defaults.decode_chunk)[0]
+
+
+def noised(clean: Tensor, noise: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """What the network reads and what it is to say.
+
+    Args:
+        clean, noise: [B, ...], noise standard normal.
+        sigma: [B].
+
+    Returns:
+        (x + sigma n) / sqrt(sigma^2 + 1) and v = (n - sigma x) / sqrt(sigma^2 + 1).
+    """
+    sigma = sigma.reshape(-1, *[1] * (clean.ndim - 1))
+    scale = (sigma.square() + 1).rsqrt()
+    return (clean + sigma * noise) * scale, (noise - sigma * clean) * scale
+
+
+def moved(motion: Tensor) -> Tensor:
+    """motion [B, 2, T, h, w] -> [B, T, h, w] of 0 and 1: whether a cell or its neighbour has moved up to each frame."""
+    here = (motion.square().sum(1) > MOVES**2).to(motion.dtype)  # [B, T, h, w]
+    near = F.max_pool2d(here, 3, stride=1, padding=1)
+    return near.cummax(dim=1).values
