@@ -16,7 +16,7 @@ unquantised, so that the k-means start sees an encoder that has something to say
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, cast
 
 import msgspec
 import numpy as np
@@ -178,7 +178,7 @@ def begin(tokenizer: MotionTokenizer, motion: Tensor) -> None:
     mean = z.mean(0)
     variances, axes = torch.linalg.eigh(torch.cov(z.t()))
     whiten = (axes * (variances.clamp_min(0) + 1e-4 * variances[-1]).rsqrt()).t()  # [d, d]
-    last = tokenizer.encode_task_layer[-1]
+    last = cast(nn.Linear, tokenizer.encode_task_layer[-1])
     last.weight.copy_(whiten @ last.weight.double())
     last.bias.copy_(whiten @ (last.bias.double() - mean))
 
