@@ -7,6 +7,7 @@ import torch
 from golden import Golden, assert_close, load
 
 from videolavit.config import PRESETS, VideoUNetConfig
+from videolavit.models.components import build
 from videolavit.models.video_unet import VideoUNet
 from videolavit.models.video_unet_blocks import motion_cells
 
@@ -85,3 +86,13 @@ def test_gradients_reach_every_parameter() -> None:
     unet(sample, torch.ones(1), states, torch.ones(1, 3)).square().sum().backward()
     without = [name for name, parameter in unet.named_parameters() if parameter.grad is None]
     assert without == []
+
+
+@pytest.mark.parametrize(("preset", "groups"), [("shapes", 8), ("video-lavit-7b", 32)])
+@pytest.mark.parametrize("component", ["keyframe_unet", "keyframe_vae", "video_unet", "video_vae"])
+def test_group_norms_have_the_configured_groups(preset: str, groups: int, component: str) -> None:
+    with torch.device("meta"):
+        module = build(PRESETS[preset], component)
+    norms = [part for part in module.modules() if isinstance(part, torch.nn.GroupNorm)]
+    assert {norm.num_groups for norm in norms} == {groups}
+    assert torch.nn.GroupNorm(4, 8).num_groups == 4, "what the library's class was given is taken back"

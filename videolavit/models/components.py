@@ -51,11 +51,9 @@ def _motion_encoder(config: ModelConfig) -> nn.Module:
 
 
 def _video_unet(config: ModelConfig) -> nn.Module:
-    from videolavit.models.norm_groups import norm_groups
     from videolavit.models.video_unet import VideoUNet
 
-    with norm_groups(config.video_unet.norm_groups):
-        return VideoUNet(config.video_unet)
+    return VideoUNet(config.video_unet)
 
 
 def _video_vae(config: ModelConfig) -> nn.Module:

@@ -6,10 +6,14 @@ are those of diffusers and therefore of the official files.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 from diffusers import AutoencoderKL, AutoencoderKLTemporalDecoder, UNet2DConditionModel
+from torch import nn
 
 from videolavit.config import KeyframeUNetConfig, KeyframeVaeConfig, VideoVaeConfig
-from videolavit.models.norm_groups import norm_groups
 
 TIME_IDS = 6  # (original height, width, crop top, left, target height, width)
 LATENT_CHANNELS = 4
@@ -57,7 +61,7 @@ def build_keyframe_vae(config: KeyframeVaeConfig) -> AutoencoderKL:
 
 def build_video_vae(config: VideoVaeConfig) -> AutoencoderKLTemporalDecoder:
     """Autoencoder whose decoder also convolves over time."""
-    with norm_groups(config.norm_groups):
+    with _norm_groups(config.norm_groups):
         return AutoencoderKLTemporalDecoder(
             in_channels=3,
             out_channels=3,
@@ -68,3 +72,18 @@ def build_video_vae(config: VideoVaeConfig) -> AutoencoderKLTemporalDecoder:
             scaling_factor=config.scaling_factor,
             sample_size=config.sample_size,
         )
+
+
+@contextmanager
+def _norm_groups(groups: int) -> Iterator[None]:
+    """Every GroupNorm made inside has `groups` groups; the library's temporal decoder has no argument for its 32."""
+    make = nn.GroupNorm.__init__
+
+    def make_with(self: nn.GroupNorm, num_groups: int, num_channels: int, *args: Any, **kwargs: Any) -> None:
+        make(self, groups, num_channels, *args, **kwargs)
+
+    nn.GroupNorm.__init__ = make_with  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.GroupNorm.__init__ = make  # type: ignore[method-assign]

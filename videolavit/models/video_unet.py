@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from videolavit.config import VideoUNetConfig
 from videolavit.models.video_unet_blocks import (
-    GROUPS,
     SinusoidMlp,
     SpatioTemporalResBlock,
     SpatioTemporalTransformer,
@@ -57,12 +56,23 @@ class Level(nn.Module):
     """
 
     def __init__(
-        self, in_channels: list[int], channels: int, emb_dim: int, eps: float, heads: int | None, context_dim: int
+        self,
+        in_channels: list[int],
+        channels: int,
+        emb_dim: int,
+        eps: float,
+        groups: int,
+        heads: int | None,
+        context_dim: int,
     ) -> None:
         super().__init__()
-        self.resnets = nn.ModuleList(SpatioTemporalResBlock(size, channels, emb_dim, eps) for size in in_channels)
+        self.resnets = nn.ModuleList(
+            SpatioTemporalResBlock(size, channels, emb_dim, eps, groups) for size in in_channels
+        )
         self.attentions = nn.ModuleList(
-            [] if heads is None else [SpatioTemporalTransformer(channels, heads, context_dim) for _ in in_channels]
+            []
+            if heads is None
+            else [SpatioTemporalTransformer(channels, heads, context_dim, groups) for _ in in_channels]
         )
 
     def step(self, index: int, x: Tensor, emb: Tensor, states: Tensor, frames: int) -> Tensor:
@@ -80,12 +90,13 @@ class DownLevel(Level):
         channels: int,
         layers: int,
         emb_dim: int,
+        groups: int,
         heads: int | None,
         context_dim: int,
         last: bool,
     ) -> None:
         eps = PLAIN_DOWN_EPS if heads is None else ATTENTION_DOWN_EPS
-        super().__init__([in_channels] + [channels] * (layers - 1), channels, emb_dim, eps, heads, context_dim)
+        super().__init__([in_channels] + [channels] * (layers - 1), channels, emb_dim, eps, groups, heads, context_dim)
         if not last:
             self.downsamplers = nn.ModuleList([DownSample(channels)])
         self.last = last
@@ -104,9 +115,9 @@ class DownLevel(Level):
 class MidLevel(Level):
     """Residual block, transformer, residual block at the lowest resolution."""
 
-    def __init__(self, channels: int, emb_dim: int, heads: int, context_dim: int) -> None:
-        super().__init__([channels], channels, emb_dim, MID_EPS, heads, context_dim)
-        self.resnets.append(SpatioTemporalResBlock(channels, channels, emb_dim, MID_EPS))
+    def __init__(self, channels: int, emb_dim: int, groups: int, heads: int, context_dim: int) -> None:
+        super().__init__([channels], channels, emb_dim, MID_EPS, groups, heads, context_dim)
+        self.resnets.append(SpatioTemporalResBlock(channels, channels, emb_dim, MID_EPS, groups))
 
     def forward(self, x: Tensor, emb: Tensor, states: Tensor, frames: int) -> Tensor:
         """[B*T, C, h, w] -> the same shape."""
@@ -123,13 +134,14 @@ class UpLevel(Level):
         channels: int,
         skip_channels: list[int],
         emb_dim: int,
+        groups: int,
         heads: int | None,
         context_dim: int,
         last: bool,
     ) -> None:
         hidden = [in_channels] + [channels] * (len(skip_channels) - 1)
         joined = [size + skip for size, skip in zip(hidden, skip_channels, strict=True)]
-        super().__init__(joined, channels, emb_dim, UP_EPS, heads, context_dim)
+        super().__init__(joined, channels, emb_dim, UP_EPS, groups, heads, context_dim)
         if not last:
             self.upsamplers = nn.ModuleList([UpSample(channels)])
         self.last = last
@@ -148,7 +160,7 @@ class VideoUNet(nn.Module):
         super().__init__()
         self.config = config
         widths, heads, context_dim = config.block_out_channels, config.heads, config.cross_attention_dim
-        levels, emb_dim = len(widths), 4 * widths[0]
+        levels, emb_dim, groups = len(widths), 4 * widths[0], config.norm_groups
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.time_embedding = SinusoidMlp(widths[0], emb_dim, emb_dim)
         self.add_embedding = SinusoidMlp(TIME_IDS * config.time_id_dim, emb_dim, emb_dim)
@@ -163,13 +175,14 @@ class VideoUNet(nn.Module):
                     width,
                     config.layers_per_block,
                     emb_dim,
+                    groups,
                     None if last else heads[level],
                     context_dim,
                     last,
                 )
             )
             skips += [width] * (config.layers_per_block + (not last))
-        self.mid_block = MidLevel(widths[-1], emb_dim, heads[-1], context_dim)
+        self.mid_block = MidLevel(widths[-1], emb_dim, groups, heads[-1], context_dim)
         self.up_blocks = nn.ModuleList()
         for level in reversed(range(levels)):
             taken = [skips.pop() for _ in range(config.layers_per_block + 1)]
@@ -179,12 +192,13 @@ class VideoUNet(nn.Module):
                     widths[level],
                     taken,
                     emb_dim,
+                    groups,
                     None if level == levels - 1 else heads[level],
                     context_dim,
                     level == 0,
                 )
             )
-        self.conv_norm_out = nn.GroupNorm(GROUPS, widths[0], OUT_EPS)
+        self.conv_norm_out = nn.GroupNorm(groups, widths[0], OUT_EPS)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
 
     def forward(self, sample: Tensor, timestep: Tensor, states: Tensor, time_ids: Tensor) -> Tensor:

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from runtime.errors import UsageError
 from runtime.geometry import CONTEXT_GRID
 
-GROUPS = 32  # of every GroupNorm
 TRANSFORMER_GROUP_EPS = 1e-6
 
 
@@ -57,13 +56,13 @@ class Mixer(nn.Module):
 class SpatialResBlock(nn.Module):
     """3x3 residual block on every frame."""
 
-    def __init__(self, in_channels: int, out_channels: int, emb_dim: int, eps: float) -> None:
+    def __init__(self, in_channels: int, out_channels: int, emb_dim: int, eps: float, groups: int) -> None:
         super().__init__()
         self.channels = out_channels
-        self.norm1 = nn.GroupNorm(GROUPS, in_channels, eps)
+        self.norm1 = nn.GroupNorm(groups, in_channels, eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.time_emb_proj = nn.Linear(emb_dim, out_channels)
-        self.norm2 = nn.GroupNorm(GROUPS, out_channels, eps)
+        self.norm2 = nn.GroupNorm(groups, out_channels, eps)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         if in_channels != out_channels:
             self.conv_shortcut: nn.Module = nn.Conv2d(in_channels, out_channels, 1)
@@ -87,12 +86,12 @@ def along_time(x: Tensor, conv: nn.Conv3d) -> Tensor:
 class TemporalResBlock(nn.Module):
     """Residual block along time; its norms see all frames of a video together."""
 
-    def __init__(self, channels: int, emb_dim: int, eps: float) -> None:
+    def __init__(self, channels: int, emb_dim: int, eps: float, groups: int) -> None:
         super().__init__()
-        self.norm1 = nn.GroupNorm(GROUPS, channels, eps)
+        self.norm1 = nn.GroupNorm(groups, channels, eps)
         self.conv1 = nn.Conv3d(channels, channels, (3, 1, 1), padding=(1, 0, 0))
         self.time_emb_proj = nn.Linear(emb_dim, channels)
-        self.norm2 = nn.GroupNorm(GROUPS, channels, eps)
+        self.norm2 = nn.GroupNorm(groups, channels, eps)
         self.conv2 = nn.Conv3d(channels, channels, (3, 1, 1), padding=(1, 0, 0))
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
@@ -108,10 +107,10 @@ class TemporalResBlock(nn.Module):
 class SpatioTemporalResBlock(nn.Module):
     """Spatial, then temporal residual block, blended."""
 
-    def __init__(self, in_channels: int, out_channels: int, emb_dim: int, eps: float) -> None:
+    def __init__(self, in_channels: int, out_channels: int, emb_dim: int, eps: float, groups: int) -> None:
         super().__init__()
-        self.spatial_res_block = SpatialResBlock(in_channels, out_channels, emb_dim, eps)
-        self.temporal_res_block = TemporalResBlock(out_channels, emb_dim, eps)
+        self.spatial_res_block = SpatialResBlock(in_channels, out_channels, emb_dim, eps, groups)
+        self.temporal_res_block = TemporalResBlock(out_channels, emb_dim, eps, groups)
         self.time_mixer = Mixer()
 
     def forward(self, x: Tensor, emb: Tensor, frames: int) -> Tensor:
@@ -248,10 +247,10 @@ def motion_cells(height: int, width: int, device: torch.device) -> Tensor:
 class SpatioTemporalTransformer(nn.Module):
     """Spatial and temporal transformer over a feature map, blended, with a residual around both."""
 
-    def __init__(self, dim: int, heads: int, context_dim: int) -> None:
+    def __init__(self, dim: int, heads: int, context_dim: int, groups: int) -> None:
         super().__init__()
         self.dim = dim
-        self.norm = nn.GroupNorm(GROUPS, dim, TRANSFORMER_GROUP_EPS)
+        self.norm = nn.GroupNorm(groups, dim, TRANSFORMER_GROUP_EPS)
         self.proj_in = nn.Linear(dim, dim)
         self.transformer_blocks = nn.ModuleList([SpatialTransformerBlock(dim, heads, context_dim)])
         self.temporal_transformer_blocks = nn.ModuleList([TemporalTransformerBlock(dim, heads, context_dim)])
