@@ -1,13 +1,15 @@
 """Model configurations: one frozen dataclass per module, and the presets.
 
-Contract: every size a module needs is here; the same code builds `shapes` (the small demo model) and
-`video-lavit-7b` (the official sizes, `spec: state_dict inventories`). Vocabulary, geometry and schedulers are the
-runtime's own types, so the two rooms cannot disagree. This file imports no torch.
+Contract: every size a module needs is here; the same code builds `shapes` (the small demo model), `tiny` (every part at
+its smallest, for tests) and `video-lavit-7b` (the official sizes, `spec: state_dict inventories`). Vocabulary, geometry
+and schedulers are the runtime's own types, so the two rooms cannot disagree. This file imports no torch.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+
+import msgspec
 
 from runtime.geometry import Geometry
 from runtime.settings import KEYFRAME_SCHEDULER, VIDEO_SCHEDULER, SchedulerSettings, TaskDefaults
@@ -177,7 +179,8 @@ class ModelConfig:
 
 
 def _shapes() -> ModelConfig:
-    # 8 norm groups: 32 would be one or two channels each at these widths, and erase what a channel says on its own.
+    # 8 norm groups: 32 would be one or two channels each at these widths. Norms of single channels erase their means, a
+    # colour for instance, and the VAE does not learn it.
     eva = EvaConfig(image_size=128, patch_size=16, width=96, layers=4, heads=4, classes=8)
     return ModelConfig(
         name="shapes",
@@ -238,63 +241,32 @@ def _shapes() -> ModelConfig:
 
 
 def _tiny() -> ModelConfig:
+    """`shapes` with smaller parts and the official schedule and guidance."""
+    shapes = _shapes()
     eva = EvaConfig(image_size=128, patch_size=16, width=64, layers=3, heads=4, classes=8)
-    return ModelConfig(
+    return replace(
+        shapes,
         name="tiny",
-        vocabulary=Vocabulary(text_size=512, visual_codes=512, motion_codes=256),
-        geometry=Geometry(
-            motion_grid=(16, 16),
-            image_size=128,
-            patch_size=16,
-            size_multiple=16,
-            max_side=512,
-            keyframe_size=(128, 128),
-            video_size=(128, 128),
+        geometry=msgspec.structs.replace(shapes.geometry, size_multiple=16),
+        motion_tokenizer=replace(shapes.motion_tokenizer, dim=24),
+        visual_tokenizer=replace(shapes.visual_tokenizer, eva=eva, llm_dim=96),
+        keyframe_decoder=replace(
+            shapes.keyframe_decoder, width=64, depth=2, out_dim=64, projections=(24, 40), pooled_dim=40
         ),
-        motion_tokenizer=MotionTokenizerConfig(
-            grid=(16, 16), dim=24, heads=2, stages=(1, 1, 1, 1), codes=256, code_dim=8
-        ),
-        motion_encoder=MotionConditionConfig(dim=32, heads=2, depth=2, out_dim=32),
-        visual_tokenizer=VisualTokenizerConfig(eva=eva, layers=2, heads=4, codes=512, code_dim=16, llm_dim=96),
-        keyframe_decoder=KeyframeDecoderConfig(
-            patches=64, code_dim=16, width=64, depth=2, heads=4, out_dim=64, projections=(24, 40), pooled_dim=40
-        ),
-        keyframe_unet=KeyframeUNetConfig(
-            block_out_channels=(32, 48),
-            transformer_layers=(None, 1),
-            heads=(2, 4),
-            layers_per_block=1,
-            cross_attention_dim=64,
-            pooled_dim=40,
-            time_id_dim=8,
-            norm_groups=8,
-            sample_size=16,
-        ),
-        keyframe_vae=KeyframeVaeConfig(
-            block_out_channels=(16, 16, 16, 32), layers_per_block=1, norm_groups=8, sample_size=128
-        ),
-        video_unet=VideoUNetConfig(
-            block_out_channels=(32, 32), heads=(2, 2), layers_per_block=1, cross_attention_dim=32, time_id_dim=8
-        ),
-        video_vae=VideoVaeConfig(block_out_channels=(32, 32, 32, 32), sample_size=128),
-        language_model=LanguageModelConfig(
-            hidden_size=96, intermediate_size=192, layers=3, heads=6, kv_heads=6, max_positions=1024
+        keyframe_unet=replace(shapes.keyframe_unet, block_out_channels=(32, 48), cross_attention_dim=64, pooled_dim=40),
+        keyframe_vae=replace(shapes.keyframe_vae, block_out_channels=(16, 16, 16, 32), layers_per_block=1),
+        video_unet=replace(shapes.video_unet, block_out_channels=(32, 32), heads=(2, 2), norm_groups=32),
+        video_vae=replace(shapes.video_vae, block_out_channels=(32, 32, 32, 32), norm_groups=32),
+        language_model=replace(
+            shapes.language_model, hidden_size=96, intermediate_size=192, layers=3, heads=6, kv_heads=6
         ),
         keyframe_scheduler=SchedulerSettings(kind="ddim"),
-        defaults=TaskDefaults(
-            keyframe_steps=16,
-            video_steps=12,
-            max_image_tokens=66,
-            min_image_tokens=4,
-            max_answer_tokens=64,
-            min_answer_tokens=1,
-            max_clips=6,
-        ),
+        defaults=msgspec.structs.replace(shapes.defaults, image_guidance=TaskDefaults().image_guidance),
     )
 
 
 PRESETS: dict[str, ModelConfig] = {
-    "tiny": _tiny(),  # every part at its smallest, for tests
+    "tiny": _tiny(),  # for tests; before `shapes`, so that a snapshot with their common vocabulary is taken for it
     "shapes": _shapes(),
     "video-lavit-7b": ModelConfig(name="video-lavit-7b"),
 }
