@@ -63,9 +63,8 @@ def missing_library(command: str, error: ModuleNotFoundError) -> EnvironmentProb
     missing = (error.name or "").split(".")[0]
     if missing in {"runtime", "videolavit", "export"}:
         raise error
-    module = COMMANDS[command][0]
-    extra = "train" if module.startswith("videolavit.training") else "export"
-    extra = extra if module.startswith(("export", "videolavit")) else "cpu"
+    room = COMMANDS[command][0].partition(".")[0]
+    extra = {"videolavit": "train", "export": "export"}.get(room, "cpu")
     return EnvironmentProblem(
         f"`videolavit {command}` needs {missing}, which is not installed; run: pip install 'videolavit[{extra}]'"
     )
