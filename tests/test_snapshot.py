@@ -127,11 +127,11 @@ def test_files_that_override_others(copy: Path, weights: Cached) -> None:
     """tokenizer_encoder.bin over the vision transformer's file; prefixed tensors over the UNet's and VAE's own."""
     changed = torch.full((1, 65, 64), 0.5)
     path = copy / "visual_tokenizer" / "tokenizer_encoder.bin"
-    save_bin({**torch.load(path), "encoder.pos_embed": changed}, path)
+    save_bin({**torch.load(path, weights_only=True), "encoder.pos_embed": changed}, path)
     unet = copy / UNET_BIN
     bias = torch.full((32,), 0.25)
     extra = {"unet.conv_in.bias": bias, "vae.encoder.conv_in.bias": bias}
-    save_bin({**torch.load(unet), **extra}, unet)
+    save_bin({**torch.load(unet, weights_only=True), **extra}, unet)
     checkpoint = load(copy)
     assert torch.equal(dict(checkpoint.weights.tensors("visual_tokenizer"))["encoder.pos_embed"], changed)
     assert torch.equal(dict(checkpoint.weights.tensors("video_unet"))["conv_in.bias"], bias)
@@ -146,7 +146,11 @@ def test_the_first_video_file_wins_over_the_spare_one(copy: Path, weights: Cache
     assert_equal(load(copy), weights, "video_unet", "motion_encoder")
     spare = next(state for state in read_snapshot(copy).report.files if state.path == "video_3d_unet.bin")
     assert (spare.found, spare.components) == (True, ())
-    bare = {name: t for name, t in torch.load(copy / UNET_BIN).items() if not name.startswith("motion_encoder.")}
+    bare = {
+        name: t
+        for name, t in torch.load(copy / UNET_BIN, weights_only=True).items()
+        if not name.startswith("motion_encoder.")
+    }
     save_bin(bare, copy / UNET_BIN)
     checkpoint = load(copy)  # the motion encoder alone comes from the other file
     assert_equal(checkpoint, weights, "video_unet")
@@ -192,7 +196,7 @@ def drop(name: str) -> Callable[[State], State]:
 
 def edit(path: Path, change: Callable[[State], State]) -> None:
     if path.suffix == ".bin":
-        save_bin(change(torch.load(path)), path)
+        save_bin(change(torch.load(path, weights_only=True)), path)
     else:
         save_file(change(load_file(path)), path)
 
@@ -216,7 +220,7 @@ class Trap:
 
 
 def spring(path: Path) -> None:
-    torch.save({**torch.load(path), "trap": Trap(path.parent)}, path)
+    torch.save({**torch.load(path, weights_only=True), "trap": Trap(path.parent)}, path)
 
 
 MOTION = "motion_tokenizer.bin"
