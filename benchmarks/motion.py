@@ -66,9 +66,8 @@ the motion of 24 frames at 6 frames per second.
 Ratios are of median CPU seconds, children included; in brackets are the least and the most of all runs. On a shared
 machine even CPU seconds vary, so a ratio this close to its budget may fall on either side of it in another run.
 
-1080p60 is the case with the least to gain: of three seconds, about 1.8 go into decoding the half of the source frames
-to which others refer, 1.0 into encoding and 0.25 into the clips' vectors; none of these can be left out with the result
-still exact.
+1080p60 is the case with the least to gain: most of its time goes into decoding the source frames to which others refer
+and into encoding, and neither can be left out with the result still exact.
 """
 
 
