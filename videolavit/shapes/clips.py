@@ -41,9 +41,9 @@ def clips(scene: Scene, motion_side: int = 256) -> list[ShapesClip]:
     return [ShapesClip(frames[at : at + FRAMES], grid[at : at + FRAMES]) for at in range(0, scene.frames, FRAMES)]
 
 
-def motion_grid(frames: np.ndarray, settings: MotionSettings | None = None) -> np.ndarray:
+def motion_grid(frames: np.ndarray) -> np.ndarray:
     """Motion of frames [T, H, W, 3] uint8: [T, 2, rows, columns] float32, the grid of macroblocks."""
-    settings = settings or MotionSettings()
+    settings = MotionSettings()
     height, width = frames.shape[1:3]
     decoder = VectorDecoder(pixels_of_p_frames=False)
     grids = []

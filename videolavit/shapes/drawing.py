@@ -17,11 +17,10 @@ _SHADES = 3  # waves in the pattern on a shape
 _SHADE_DEPTH = 0.05  # brightness each takes at most, a share
 
 
-def render(scene: Scene, side: int = SIDE, frames: int | None = None) -> np.ndarray:
-    """The first `frames` frames (None: all) of `scene`: [T, side, side, 3] uint8."""
-    count = scene.frames if frames is None else frames
+def render(scene: Scene, side: int = SIDE) -> np.ndarray:
+    """All frames of `scene`: [T, side, side, 3] uint8."""
     ground = _ground(scene.background, side)
-    return np.stack([_frame(scene, index, ground) for index in range(count)])
+    return np.stack([_frame(scene, index, ground) for index in range(scene.frames)])
 
 
 def render_frame(scene: Scene, index: int, side: int = SIDE) -> np.ndarray:

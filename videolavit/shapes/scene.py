@@ -162,6 +162,11 @@ class Scene:
     frames: int = FRAMES
 
 
+def nearest_direction(vector: np.ndarray) -> Direction:
+    """The one of the eight directions that `vector` (x, y), y downwards, is nearest to."""
+    return max(DIRECTIONS, key=lambda name: float(np.dot(vector, STEPS[name])))
+
+
 def is_held_out(colour: Colour, kind: Kind, direction: Direction | None) -> bool:
     """Whether the combination is kept from training; None is a shape that stays where it is. True for 1 in 10."""
     way = len(DIRECTIONS) if direction is None else DIRECTIONS.index(direction)
