@@ -28,15 +28,15 @@ from videolavit.training.loop import train
 from videolavit.training.settings import DataSettings, TrainSettings
 from videolavit.training.stage import StageContext, find_stage
 from videolavit.training.stages import sequences
-from videolavit.training.stages.held_out import HeldOut, TorchLanguageModel
 from videolavit.training.stages.instruct import InstructOptions, InstructStage
 from videolavit.training.stages.language_model import LanguageModelOptions, LanguageModelStage, PartWeights
 from videolavit.training.stages.sequences import ANSWER, CONTEXT, GENERATED, NO_LABEL, Layout, Mix
+from videolavit.training.stages.writing import HeldOut, TorchLanguageModel
 
-SHAPES = PRESETS["tiny"]
+TINY = PRESETS["tiny"]
 WIDTH = 64
 SMALL = LanguageModelConfig(hidden_size=WIDTH, intermediate_size=64, layers=1, heads=4, kv_heads=4, max_positions=512)
-CONFIG = replace(SHAPES, language_model=SMALL, visual_tokenizer=replace(SHAPES.visual_tokenizer, llm_dim=WIDTH))
+CONFIG = replace(TINY, language_model=SMALL, visual_tokenizer=replace(TINY.visual_tokenizer, llm_dim=WIDTH))
 V = CONFIG.vocabulary
 K = CONFIG.geometry.motion_tokens
 TEXT_FIRST = Mix(condition_dropout=0, motion_alone=0, visual_first=0)
@@ -390,5 +390,5 @@ def test_tokens_of_other_weights_are_refused(folders: tuple[Path, Path]) -> None
     with pytest.raises(CheckpointError, match="tokenize"):
         LanguageModelStage(context, LanguageModelOptions()).dataset()
     raw = replace(context, data=DataSettings())
-    with pytest.raises(UsageError, match="set data"):
+    with pytest.raises(UsageError, match=r"language-model trains on a tokenised folder .* `videolavit tokenize"):
         LanguageModelStage(raw, LanguageModelOptions()).dataset()

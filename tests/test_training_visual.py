@@ -392,7 +392,7 @@ def one_process(rank: int, place: str, out: str) -> None:
 
 def test_processes_share_one_codebook(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(one_process, (str(tmp_path / "meeting"), str(tmp_path)), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
     # Both processes' 20 inputs count, at the start and in every step; revival adds credit.
     assert first["counts"].sum() >= 40 - 1e-3

@@ -65,7 +65,7 @@ class Codebook(nn.Module):
 
     def forward(self, z: Tensor, generator: torch.Generator) -> Quantised:
         """Quantise `z` [.., d] of any length; in train mode at least one. `generator` draws the k-means start."""
-        unit = F.normalize(z.float(), dim=-1, eps=1e-12)  # [.., d]
+        unit = F.normalize(z.float(), dim=-1)  # [.., d]
         inputs = unit.detach().flatten(0, -2)  # [m, d]
         if self.training and not self.started:
             self._start(inputs, generator)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate.utils import send_to_device  # type: ignore[import-untyped]
 from torch import Tensor
 
 from runtime.images import MEAN, STD, resize_image
@@ -113,8 +114,7 @@ def labelled_batch(context: StageContext, *, split: str, size: int) -> dict[str,
     items = ShapesPictures(
         context.checkpoint.config.visual_tokenizer.eva, size=size, seed=2**31 + context.seed, split=split, labelled=True
     )
-    batch = torch.utils.data.default_collate([items[index] for index in range(size)])
-    batch = {name: value.to(context.device) for name, value in batch.items()}
+    batch = send_to_device(torch.utils.data.default_collate([items[index] for index in range(size)]), context.device)
     return {**batch, "pixels": normalise(batch["picture"])}
 
 

@@ -15,11 +15,9 @@ from torch.utils.data import Dataset
 
 from runtime.errors import UsageError
 from runtime.motion.grid import model_motion
-from videolavit.models.components import build
 from videolavit.training.data import Source
 from videolavit.training.data.tokenized import TokenizedDataset
 from videolavit.training.settings import DataSettings
-from videolavit.training.stage import StageContext
 
 
 class TokenizedClips(Dataset[dict[str, Tensor]]):
@@ -55,32 +53,25 @@ class MotionFields(Dataset[dict[str, Tensor]]):
         return {"motion": torch.from_numpy(model_motion(grids[chosen], self.grid))}
 
 
-def open_tokenized(data: DataSettings, fields: tuple[str, ...], stage: str) -> TokenizedDataset:
-    """The tokenised folder that `data` names.
+def tokenized_folder(data: DataSettings, fields: tuple[str, ...], stage: str) -> Path:
+    """The tokenised folder that `data` names for `stage`, which reads `fields`.
 
-    Raises UsageError when it names another kind of source or no path, and DataError when the folder lacks a field.
+    Raises UsageError when `data` names another kind of source or no path.
     """
     if data.source != "tokenized" or data.path is None:
         raise UsageError(
             f'data.source {data.source}: {stage} trains on a tokenised folder (source = "tokenized" and its path); '
             f"make one with `videolavit tokenize SOURCE -o FOLDER --checkpoint DIR --fields {','.join(fields)}`"
         )
-    return TokenizedDataset(Path(data.path), fields)
+    return Path(data.path)
+
+
+def open_tokenized(data: DataSettings, fields: tuple[str, ...], stage: str) -> TokenizedDataset:
+    """`fields` of that folder; also raises DataError when it lacks one."""
+    return TokenizedDataset(tokenized_folder(data, fields, stage), fields)
 
 
 def stacked(dataset: Any, count: int) -> dict[str, Tensor]:
     """The first `count` items of `dataset`, stacked: fields [N, ...]."""
     items = [dataset[index] for index in range(min(count, len(dataset)))]
     return torch.utils.data.default_collate(items)
-
-
-def trainable(context: StageContext, component: str) -> Any:
-    """A copy of `component` to train; one that was never trained starts from its module's own initial weights instead,
-    drawn from the context's seed."""
-    checkpoint = context.checkpoint
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(context.seed)
-        module = build(checkpoint.config, component)
-    if component not in checkpoint.untrained:
-        module.load_state_dict(checkpoint.component(component).state_dict())
-    return module

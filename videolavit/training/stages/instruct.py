@@ -10,46 +10,32 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from typing import Annotated, Any, ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import msgspec
 import numpy as np
 import torch
+from accelerate.utils import send_to_device  # type: ignore[import-untyped]
 from torch import Tensor
 
-from videolavit.training.stages.language_model import (
-    LanguageModelStage,
-    NotNegative,
-    PartWeights,
-    SequenceModel,
-    Validation,
-    _moved,
-    trainable_language_model,
-)
-from videolavit.training.stages.sequences import Chance, Item, Mix, More, Row
+from videolavit.training.settings import NotNegative, Share
+from videolavit.training.stages.language_model import LanguageModelOptions, LanguageModelStage, SequenceModel
+from videolavit.training.stages.sequences import Item, Row
+from videolavit.training.stages.starting import trainable
 
 CHUNK = 64  # rows of a validation batch
 
 
-class InstructOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Options of the stage `instruct`.
+class InstructOptions(LanguageModelOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Options of the stage `instruct`: those of `language-model`, and two more.
 
     Attributes:
         generation: share of the rows that are generation rows.
         answers: what the mean loss of answers counts beside that of generation rows.
-        mix, weights: of generation rows, as in the stage `language-model`.
-        repeats, more, groups, longest, validation: as in the stage `language-model`.
     """
 
-    generation: Chance = 0.3
+    generation: Share = 0.3
     answers: NotNegative = 1.0
-    mix: Mix = Mix()
-    weights: PartWeights = PartWeights()
-    repeats: Annotated[int, msgspec.Meta(ge=1)] = 1
-    more: list[More] = msgspec.field(default_factory=list)
-    groups: Annotated[int, msgspec.Meta(ge=1)] = 4
-    longest: Annotated[int, msgspec.Meta(ge=8)] | None = None
-    validation: Validation = Validation()
 
 
 class InstructStage(LanguageModelStage):
@@ -64,7 +50,7 @@ class InstructStage(LanguageModelStage):
         frozen = cast(Any, self.context.checkpoint.component("visual_tokenizer"))
         self.tokenizer = copy.deepcopy(frozen).to(self.context.device)
         return SequenceModel(
-            trainable_language_model(self.context),
+            trainable(self.context, "language_model"),
             self.context.checkpoint.config.vocabulary,
             self.options.weights,
             projector=copy.deepcopy(frozen.vit_proj).requires_grad_(True).train(),
@@ -85,6 +71,7 @@ class InstructStage(LanguageModelStage):
     def prepare(self, batch: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:
         width = self.context.checkpoint.config.visual_tokenizer.eva.width
         if "features" not in batch:
+            # The projection runs on nothing: where it did not run, its gradient would be missing, not zero.
             device = batch["ids"].device
             empty = torch.zeros(0, 2, dtype=torch.long, device=device)
             return {**batch, "merged": torch.zeros(0, width, device=device), "places": empty}
@@ -105,7 +92,8 @@ class InstructStage(LanguageModelStage):
                 for offset, (item, question) in enumerate(part)
             ]
             order = sorted(range(len(rows)), key=lambda at: len(rows[at].ids))
-            batch = self.prepare(_moved(self.collate([rows[at] for at in order]), self.context.device), generator)
+            batch = send_to_device(self.collate([rows[at] for at in order]), self.context.device)
+            batch = self.prepare(batch, generator)
             best, _, labels, _ = self.module.predict(batch)
             # A greedy answer is exact if, and only if, every id of it is the likeliest after those before.
             counts = [sum(kind > 0 for kind in rows[at].kinds) for at in order]

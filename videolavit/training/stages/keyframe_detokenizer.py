@@ -19,20 +19,21 @@ from typing import Annotated, Any, ClassVar
 import msgspec
 import torch
 import torch.nn.functional as F
+from accelerate.utils import send_to_device  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
 from runtime.diffusion import keyframe_time_ids
 from runtime.noise import Noise
 from runtime.settings import SchedulerSettings
-from videolavit.models.visual_tokenizer import keep_decision
 from videolavit.reference import keyframes
 from videolavit.training.data import open_source
 from videolavit.training.settings import Count, DataSettings, NotNegative, Share
 from videolavit.training.stage import Stage, StageContext
-from videolavit.training.stages.keyframe_vae import held_out
+from videolavit.training.stages.clips import stacked
+from videolavit.training.stages.held_out import held_out
 from videolavit.training.stages.pictures import FrameRuns, psnr, signed
 from videolavit.training.stages.starting import silence_branches
-from videolavit.training.stages.visual_tokenizer import at_least_one, gumbel
+from videolavit.training.stages.visual_tokenizer import keep_as_in_use, kept_in_order
 
 VALIDATION = 16  # pictures
 STEPS = 8  # of the sampler in validation
@@ -168,10 +169,9 @@ class KeyframeDetokenizerStage(Stage):
         """Features [B, N, W], code vectors [B, L, d] with their counts [B], and scaled latents [B, 4, h, w]."""
         features = self.tokenizer.features(batch["pixels"])
         logits = self.tokenizer.keep_logits(features)  # [B, N, 2]
-        keep = at_least_one(keep_decision(logits, gumbel(logits.shape, generator).to(logits.device)), logits[..., 0])
+        keep = keep_as_in_use(logits, generator)
         codes = self.tokenizer.codes(self.tokenizer.merge(features, keep))  # [B, N]
-        counts = keep.sum(1).long()
-        order = torch.sort(keep, dim=1, descending=True, stable=True).indices[:, : int(counts.max())]  # [B, L]
+        order, counts = kept_in_order(keep)  # [B, L], [B]
         vectors = self.tokenizer.quantize.lookup(codes.gather(1, order))
         latents = keyframes.encode(self.vae, signed(batch["frames"][:, 0]))
         return {"features": features, "vectors": vectors, "counts": counts, "latents": latents}
@@ -181,9 +181,7 @@ class KeyframeDetokenizerStage(Stage):
 
         The pictures are held out where the source has a split for that, else the source's first.
         """
-        runs, device = self._runs(held_out(self.context.data)), self.context.device
-        items = [runs[index] for index in range(min(VALIDATION, len(runs)))]
-        batch = {name: value.to(device) for name, value in self.collate(items).items()}
+        batch = send_to_device(stacked(self._runs(held_out(self.context.data)), VALIDATION), self.context.device)
         prepared = self.prepare(batch, generator)
         losses = self.module(prepared, generator, 0)
         pictures = self.sample(prepared, seed=0)
@@ -199,8 +197,7 @@ class KeyframeDetokenizerStage(Stage):
     def sample(self, prepared: dict[str, Any], seed: int) -> Tensor:
         """Pictures [B, 3, H, W], about [-1, 1], from the codes in `prepared`."""
         prompt, pooled, _ = self.module.conditions(prepared)
-        latents = prepared["latents"]
-        for latents in keyframes.denoise(  # noqa: B007 (the last one is the result)
+        *_, latents = keyframes.denoise(
             self.module.unet,
             self.config.keyframe_scheduler,
             prompt,
@@ -210,8 +207,7 @@ class KeyframeDetokenizerStage(Stage):
             steps=STEPS,
             guidance=self.options.guidance,
             noise=Noise(seed),
-        ):
-            pass
+        )
         return keyframes.decode(self.vae, latents)
 
     def components(self) -> dict[str, dict[str, Tensor]]:

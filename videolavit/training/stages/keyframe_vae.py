@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
 import msgspec
 import torch
@@ -23,9 +23,11 @@ from torch import Tensor, nn
 
 from videolavit.models.components import build
 from videolavit.training.data import open_source
-from videolavit.training.settings import DataSettings, NotNegative, Share
+from videolavit.training.settings import CountOrNone, DataSettings, NotNegative, Positive, Share
 from videolavit.training.stage import Stage, StageContext
-from videolavit.training.stages.pictures import FrameRuns, psnr, signed, windows
+from videolavit.training.stages.clips import stacked
+from videolavit.training.stages.held_out import held_out
+from videolavit.training.stages.pictures import FrameRuns, psnr, signed, windows_or_whole
 from videolavit.training.stages.starting import silence_branches
 
 SAMPLE = 32  # pictures on which the size of the latents is measured
@@ -44,11 +46,11 @@ class KeyframeVaeOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unkno
         posterior: deviation of the posterior at the start, when the weights are not trained yet.
     """
 
-    crop: Annotated[int, msgspec.Meta(ge=0)] = 64
+    crop: CountOrNone = 64
     whole: Share = 0.15
     squares: NotNegative = 1.0
     kl: NotNegative = 1e-3
-    posterior: Annotated[float, msgspec.Meta(gt=0)] = 0.1
+    posterior: Positive = 0.1
 
 
 class KeyframeVaeModule(nn.Module):
@@ -63,7 +65,8 @@ class KeyframeVaeModule(nn.Module):
 
     def forward(self, batch: dict[str, Any], generator: torch.Generator, step: int) -> dict[str, Tensor]:
         """Losses of a batch of `FrameRuns` of one frame."""
-        pictures = self._choose(batch, generator)  # [B, 3, h, w]
+        chosen = windows_or_whole(batch, self.options.crop, self.options.whole, generator)
+        pictures = signed(chosen[:, 0])  # [B, 3, h, w]
         posterior = self.vae.encode(pictures).latent_dist
         decoded = self.vae.decode(posterior.sample(generator)).sample
         error = decoded - pictures
@@ -76,19 +79,6 @@ class KeyframeVaeModule(nn.Module):
             "kl": kl.detach(),
             "posterior": posterior.std.mean().detach(),
         }
-
-    def _choose(self, batch: dict[str, Any], generator: torch.Generator) -> Tensor:
-        """Windows of all pictures, or as many whole pictures as have the same area."""
-        frames, crop = batch["frames"], self.options.crop  # [B, 1, 3, H, W] uint8
-        height, width = frames.shape[-2:]
-        whole = torch.rand((), generator=generator, device=frames.device).item() < self.options.whole
-        if crop == 0:
-            chosen = frames
-        elif whole:
-            chosen = frames[: max(1, round(len(frames) * crop**2 / (height * width)))]
-        else:
-            chosen = windows(frames, batch["corner"], crop)
-        return signed(chosen[:, 0])
 
 
 class KeyframeVaeStage(Stage):
@@ -155,13 +145,7 @@ class KeyframeVaeStage(Stage):
 
     def _pictures(self, data: DataSettings, count: int) -> Tensor:
         """The first `count` pictures of `data`: [N, 3, H, W] uint8."""
-        runs = self._runs(data, 0)
-        return torch.stack([runs[index]["frames"][0] for index in range(min(count, len(runs)))])
-
-
-def held_out(data: DataSettings) -> DataSettings:
-    """The held-out part of a source that has one; the source itself otherwise."""
-    return msgspec.structs.replace(data, split="held-out") if data.source == "shapes" else data
+        return stacked(self._runs(data, 0), count)["frames"][:, 0]
 
 
 @torch.no_grad()

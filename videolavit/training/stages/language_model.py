@@ -8,25 +8,26 @@ it from every real position, and the vocabulary's scores are computed at learnt 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, cast
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
 
 import msgspec
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate.utils import send_to_device  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
 from runtime.errors import UsageError
 from runtime.vocabulary import Vocabulary
-from videolavit.checkpoints import Checkpoint
-from videolavit.models.components import build
 from videolavit.training.data.tokenized import TokenizedDataset
+from videolavit.training.settings import Count, CountOrNone, NotNegative
 from videolavit.training.stage import Stage, StageContext
 from videolavit.training.stages import sequences
-from videolavit.training.stages.held_out import HeldOut
+from videolavit.training.stages.clips import tokenized_folder
 from videolavit.training.stages.sequences import ANSWER, CONTEXT, GENERATED, Item, Layout, Mix, More, Row
-
-NotNegative = Annotated[float, msgspec.Meta(ge=0.0)]
+from videolavit.training.stages.starting import trainable
+from videolavit.training.stages.writing import HeldOut
 
 
 class PartWeights(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -46,7 +47,7 @@ class Validation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         text_guidance, motion_guidance, top_k, temperature: as in the runtime; None is the model's own default.
     """
 
-    scenes: Annotated[int, msgspec.Meta(ge=0)] = 0
+    scenes: CountOrNone = 0
     greedy_image: bool = False
     text_guidance: float | None = None
     motion_guidance: float | None = None
@@ -63,15 +64,15 @@ class LanguageModelOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unk
         repeats: how often an item comes in an epoch, each time with other words and another form.
         more: other tokenised folders and their shares; the rest of the rows are of `data.path`.
         groups: runs of rows of like length that a batch is computed in; more save padding, fewer are larger.
-        longest: most positions of a row; None: the model's.
+        longest: most positions of a generation row; None: the model's.
         validation: figures on held-out scenes.
     """
 
     mix: Mix = Mix()
     weights: PartWeights = PartWeights()
-    repeats: Annotated[int, msgspec.Meta(ge=1)] = 1
+    repeats: Count = 1
     more: list[More] = msgspec.field(default_factory=list)
-    groups: Annotated[int, msgspec.Meta(ge=1)] = 4
+    groups: Count = 4
     longest: Annotated[int, msgspec.Meta(ge=8)] | None = None
     validation: Validation = Validation()
 
@@ -152,22 +153,17 @@ class LanguageModelStage(Stage):
         self._held_out: HeldOut | None = None
 
     def build_module(self) -> SequenceModel:
-        language_model = trainable_language_model(self.context)
+        language_model = trainable(self.context, "language_model")
         return SequenceModel(language_model, self.context.checkpoint.config.vocabulary, self.options.weights)
 
     def dataset(self) -> sequences.Rows:  # type: ignore[override]
-        data = self.context.data
-        if data.source != "tokenized" or data.path is None:
-            raise UsageError(
-                f"data.source {data.source}: this stage reads what `videolavit tokenize` has written; "
-                'set data.source = "tokenized" and data.path'
-            )
+        folder = tokenized_folder(self.context.data, self.fields, self.name)
         more = [(self._items(other.path), other.share) for other in self.options.more]
         if sum(share for _, share in more) > 1:
             raise UsageError("options.more: the shares are more than 1 in all")
-        return sequences.Rows(self._items(data.path), self.context.seed, self.options.repeats, self.row, more)
+        return sequences.Rows(self._items(folder), self.context.seed, self.options.repeats, self.row, more)
 
-    def _items(self, folder: str) -> TokenizedDataset:
+    def _items(self, folder: Path | str) -> TokenizedDataset:
         """The tokenised folder `folder`; one of pictures alone has no motion."""
         stored = TokenizedDataset(folder).fields
         items = TokenizedDataset(folder, [name for name in self.fields if name != "motion_ids" or name in stored])
@@ -189,7 +185,7 @@ class LanguageModelStage(Stage):
         mix = Mix(condition_dropout=0, motion_alone=0, visual_first=0, learn_prompts=False)
         rng = np.random.default_rng(0)
         rows = [self.layout.generation(item, mix, rng) for item in held_out.items]
-        batch = self.prepare(_moved(self.collate(rows), self.context.device), generator)
+        batch = self.prepare(send_to_device(self.collate(rows), self.context.device), generator)
         losses = {f"held-out {name}": float(value) for name, value in self.module(batch, generator, 0).items()}
         return losses | held_out.generation(self.module.language_model, self.layout, self.options.validation)
 
@@ -201,17 +197,3 @@ class LanguageModelStage(Stage):
 
     def components(self) -> dict[str, dict[str, Tensor]]:
         return {"language_model": dict(self.module.language_model.state_dict())}
-
-
-def trainable_language_model(context: StageContext) -> Any:
-    """A copy of the checkpoint's language model, or one with new weights where the checkpoint's are random."""
-    checkpoint: Checkpoint = context.checkpoint
-    torch.manual_seed(context.seed)
-    model = cast(Any, build(checkpoint.config, "language_model"))
-    if "language_model" not in checkpoint.untrained:
-        model.load_state_dict(checkpoint.component("language_model").state_dict())
-    return model
-
-
-def _moved(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}

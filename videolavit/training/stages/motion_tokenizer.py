@@ -16,6 +16,7 @@ unquantised, so that the k-means start sees an encoder that has something to say
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Annotated, ClassVar, cast
 
 import msgspec
@@ -26,14 +27,14 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from videolavit.models.motion_tokenizer import MotionTokenizer
-from videolavit.shapes import DIRECTIONS
-from videolavit.shapes.scene import STEPS
+from videolavit.shapes.scene import Scene, nearest_direction
 from videolavit.training.codebook import Codebook, nearest
 from videolavit.training.data import open_source
-from videolavit.training.data.shapes_source import ShapesSource
 from videolavit.training.settings import CountOrNone, Decay, NotNegative
 from videolavit.training.stage import Stage, StageContext
-from videolavit.training.stages.clips import MotionFields, TokenizedClips, open_tokenized, stacked, trainable
+from videolavit.training.stages.clips import MotionFields, TokenizedClips, open_tokenized, stacked
+from videolavit.training.stages.held_out import held_out_scenes
+from videolavit.training.stages.starting import trainable
 
 STILL = 0.2  # a cell whose vector is shorter stands still; half a pixel of a picture of 256 is 0.18
 FASTER = 1.25  # speeds whose ratio is larger are different ones
@@ -89,7 +90,7 @@ class MotionAutoencoder(nn.Module):
     def round_trip(self, motion: Tensor) -> tuple[Tensor, Tensor]:
         """motion [B, 2, T, rows, columns] -> (motion after its codes, codes [B, t, h, w] int64)."""
         z = self.tokenizer.features(motion)
-        ids = nearest(F.normalize(z.float(), dim=-1, eps=1e-12), self.codebook.table)
+        ids = nearest(F.normalize(z.float(), dim=-1), self.codebook.table)
         return self.tokenizer.decode(F.embedding(ids, self.codebook.table)), ids
 
 
@@ -131,14 +132,12 @@ class MotionTokenizerStage(Stage):
             direction_before the share for which the field itself says so; speed: share of those that move whose speed
             stays within a factor of FASTER; perplexity: codes in use.
         """
-        geometry = self.context.checkpoint.config.geometry
-        source = ShapesSource(geometry, split="held-out", size=PROBES)
-        before = stacked(MotionFields(source, self.grid, 0), PROBES)["motion"]
+        scenes, before = self._probes
         after, ids = map(torch.cat, zip(*map(self._round_trip, before.split(PROBES_AT_ONCE)), strict=True))
         limit = self.options.limit or float("inf")
         cut = before.clamp(-limit, limit)
-        alone = [i for i in range(PROBES) if len(source.scene(i)[0].shapes) == 1]
-        true = [source.scene(i)[0].shapes[0].motion.direction for i in alone]
+        alone = [i for i, scene in enumerate(scenes) if len(scene.shapes) == 1]
+        true = [scenes[i].shapes[0].motion.direction for i in alone]
         old, new = ([main_vector(fields[i].numpy()) for i in alone] for fields in (before, after))
         ratios = [
             np.hypot(*b) / np.hypot(*a) for a, b, way in zip(old, new, true, strict=True) if way and np.hypot(*a) > 0
@@ -157,6 +156,13 @@ class MotionTokenizerStage(Stage):
         """The tokenizer with the codebook's rows under the quantiser's name."""
         state = self.module.tokenizer.state_dict()
         return {"motion_tokenizer": {**state, "quantize.embedding.weight": self.module.codebook.table}}
+
+    @cached_property
+    def _probes(self) -> tuple[list[Scene], Tensor]:
+        """Held-out scenes and their motion [PROBES, 2, T, rows, columns], made when they are first asked for."""
+        source = held_out_scenes(self.context.checkpoint.config.geometry, PROBES)
+        scenes = [source.scene(index)[0] for index in range(PROBES)]
+        return scenes, stacked(MotionFields(source, self.grid, 0), PROBES)["motion"]
 
     def _round_trip(self, motion: Tensor) -> tuple[Tensor, Tensor]:
         after, ids = self.module.round_trip(motion.to(self.context.device))
@@ -211,4 +217,4 @@ def direction_of(vector: np.ndarray) -> str | None:
     """The nearest of the eight directions; None for a vector that stands still."""
     if np.hypot(*vector) < STILL:
         return None
-    return max(DIRECTIONS, key=lambda name: float(np.dot(vector, STEPS[name])))
+    return nearest_direction(vector)

@@ -91,6 +91,22 @@ class FrameRuns(Dataset[dict[str, Any]]):
         return max(corners, key=lambda c: float(picture[c[0] : c[0] + self.crop, c[1] : c[1] + self.crop].std()))
 
 
+def windows_or_whole(batch: dict[str, Any], crop: int, whole: float, generator: torch.Generator) -> Tensor:
+    """What a step sees of a batch of `FrameRuns`: [B, T, 3, h, w] uint8.
+
+    Windows of all items; for a share `whole` of the steps as many whole items as have the same area, at least one; with
+    `crop` 0 always all of them.
+    """
+    frames: Tensor = batch["frames"]  # [B, T, 3, H, W]
+    height, width = frames.shape[-2:]
+    see_whole = torch.rand((), generator=generator, device=frames.device).item() < whole
+    if crop == 0:
+        return frames
+    if see_whole:
+        return frames[: max(1, round(len(frames) * crop**2 / (height * width)))]
+    return windows(frames, batch["corner"], crop)
+
+
 def windows(frames: Tensor, corner: Tensor, crop: int) -> Tensor:
     """The window of every item: frames [B, T, 3, H, W] and corner [B, 2] -> [B, T, 3, crop, crop]."""
     cut = [

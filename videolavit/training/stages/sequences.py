@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -27,12 +27,12 @@ from runtime.prompts import STOP, question_ids
 from runtime.tokenizers import TextTokenizer
 from runtime.vocabulary import EOS, UNK, Vocabulary
 from videolavit.training.data.encoding import keep_draw
+from videolavit.training.settings import Share
 
 CONTEXT, GENERATED, ANSWER = 0, 1, 2  # kinds of positions: only the latter two are learnt
 NO_LABEL = -100
 SLOT = UNK  # stands where a feature is put; never looked up
 
-Chance = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
 Item = dict[str, Any]  # of `TokenizedDataset`
 
 
@@ -46,9 +46,9 @@ class Mix(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         learn_prompts: whether the text of [text, visual] is learnt too.
     """
 
-    condition_dropout: Chance = 0.1
-    motion_alone: Chance = 0.05
-    visual_first: Chance = 0.15
+    condition_dropout: Share = 0.1
+    motion_alone: Share = 0.05
+    visual_first: Share = 0.15
     learn_prompts: bool = True
 
 
@@ -56,7 +56,7 @@ class More(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """A second tokenised folder, for example of pictures or of long videos, and its share of the rows."""
 
     path: str
-    share: Chance
+    share: Share
 
 
 @dataclass
@@ -83,7 +83,7 @@ class Layout:
 
     Args:
         tokenizer: bytes of the checkpoint's SentencePiece model.
-        longest: most positions of a row; what comes later is cut.
+        longest: most positions of a generation row; what comes later is cut.
     """
 
     def __init__(self, tokenizer: bytes, vocabulary: Vocabulary, longest: int) -> None:

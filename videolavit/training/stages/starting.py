@@ -1,19 +1,39 @@
-"""Random weights that train well.
-
-Contract: for modules of diffusers' naming; weights that are trained already must not be passed.
-"""
+"""What the training of a component starts from."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import nn
 
-_LAST = (".conv2.", ".to_out.0.", ".ff.net.2.", ".proj_out.")  # last layers of residual branches
+from videolavit.models.components import build
+from videolavit.training.stage import StageContext
+
+_LAST = (
+    ".conv2.",
+    ".to_out.0.",
+    ".ff.net.2.",
+    ".proj_out.",
+)  # last layers of residual branches, as diffusers calls them
+
+
+def trainable(context: StageContext, component: str) -> Any:
+    """A copy of `component` to train; one that was never trained starts from its module's own initial weights instead,
+    drawn from the context's seed."""
+    checkpoint = context.checkpoint
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(context.seed)
+        module = build(checkpoint.config, component)
+    if component not in checkpoint.untrained:
+        module.load_state_dict(checkpoint.component(component).state_dict())
+    return module
 
 
 @torch.no_grad()
 def silence_branches(module: nn.Module) -> None:
-    """Let every residual branch add nothing: the module starts as a shallow one and deepens as it learns."""
+    """Let every residual branch of a module of diffusers' add nothing: it starts as a shallow one and deepens as it
+    learns. Not for weights that are trained already."""
     for name, parameter in module.named_parameters():
         if any(last in name for last in _LAST):
             parameter.zero_()

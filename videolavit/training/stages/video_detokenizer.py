@@ -32,11 +32,12 @@ from videolavit.models.motion_resize import resize_motion
 from videolavit.reference import clips as reference
 from videolavit.training.data.encoding import Encoder
 from videolavit.training.data.encoding import Item as Example
-from videolavit.training.data.shapes_source import ShapesSource
-from videolavit.training.settings import CountOrNone, Positive, Share
+from videolavit.training.settings import CountOrNone, NotNegative, Positive, Share
 from videolavit.training.stage import Stage, StageContext
-from videolavit.training.stages.clips import TokenizedClips, open_tokenized, trainable
+from videolavit.training.stages.clips import TokenizedClips, open_tokenized
+from videolavit.training.stages.held_out import held_out_scenes
 from videolavit.training.stages.pictures import psnr, signed
+from videolavit.training.stages.starting import trainable
 
 FIELDS = ("latents", "keyframe", "motion_latent", "motion_ids")
 MOVES = 0.015  # length of a vector, detokenizer's scale, below which a cell stands still
@@ -64,7 +65,7 @@ class VideoDetokenizerOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_
     drop: Share = 0.1
     tokenized_motion: Share = 0.5
     augmentation_mean: float = -3.0
-    augmentation_deviation: Annotated[float, msgspec.Meta(ge=0.0)] = 0.5
+    augmentation_deviation: NotNegative = 0.5
     moving_weight: Annotated[float, msgspec.Meta(ge=1.0)] = 1.0
     frames: CountOrNone = 0
     probes: CountOrNone = 4
@@ -218,7 +219,7 @@ class VideoDetokenizerStage(Stage):
     def _probes(self, count: int) -> list[tuple[Tensor, Tensor]]:
         """Codes [1, tokens] and frames [T, H, W, 3] uint8 of the first `count` held-out scenes that move."""
         checkpoint = self.context.checkpoint
-        source = ShapesSource(self.geometry, split="held-out")
+        source = held_out_scenes(self.geometry)
         encoder = Encoder(checkpoint, ("motion_ids",), self.geometry.video_size, seed=0, device=self.context.device)
         found: list[tuple[Tensor, Tensor]] = []
         index = 0

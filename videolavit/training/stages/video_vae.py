@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 from functools import partial
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import msgspec
 import torch
@@ -23,10 +23,11 @@ from runtime.errors import UsageError
 from videolavit.config import ModelConfig
 from videolavit.models.components import build
 from videolavit.training.data import open_source
-from videolavit.training.settings import Count, DataSettings, NotNegative, Share
+from videolavit.training.settings import Count, CountOrNone, DataSettings, NotNegative, Share
 from videolavit.training.stage import Stage, StageContext
-from videolavit.training.stages.keyframe_vae import held_out, rescale
-from videolavit.training.stages.pictures import FrameRuns, psnr, signed, windows
+from videolavit.training.stages.held_out import held_out
+from videolavit.training.stages.keyframe_vae import rescale
+from videolavit.training.stages.pictures import FrameRuns, psnr, signed, windows_or_whole
 
 VALIDATION = 4  # runs of frames
 
@@ -46,7 +47,7 @@ class VideoVaeOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 
     start: Literal["keyframe-vae", "checkpoint"] = "keyframe-vae"
     frames: Count = 6
-    crop: Annotated[int, msgspec.Meta(ge=0)] = 64
+    crop: CountOrNone = 64
     whole: Share = 0.15
     squares: NotNegative = 1.0
     change: NotNegative = 0.5
@@ -119,14 +120,7 @@ class VideoVaeStage(Stage):
 
     def prepare(self, batch: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:
         """Windows (or whole frames) and the latents of each frame."""
-        frames, crop = batch["frames"], self.options.crop  # [B, T, 3, H, W] uint8
-        height, width = frames.shape[-2:]
-        whole = torch.rand((), generator=generator, device=frames.device).item() < self.options.whole
-        if crop and whole:
-            frames = frames[: max(1, round(len(frames) * crop**2 / (height * width)))]
-        elif crop:
-            frames = windows(frames, batch["corner"], crop)
-        frames = signed(frames)
+        frames = signed(windows_or_whole(batch, self.options.crop, self.options.whole, generator))  # [B, T, 3, h, w]
         latents = self._encode(frames)
         noise = torch.randn(latents.shape, generator=generator, device=latents.device)
         return {"frames": frames, "latents": latents + self.options.noise / self.scaling * noise}

@@ -32,6 +32,7 @@ from videolavit.models.keyframe_decoder import KeyframeDecoder
 from videolavit.models.visual_tokenizer import DynamicVisualTokenizer, keep_decision
 from videolavit.training.codebook import Codebook, Quantised, crowding
 from videolavit.training.patches import FITTED, HELD_OUT, Reader, labelled_batch, normalise, pictures
+from videolavit.training.settings import CountOrNone, Decay, NotNegative, Positive, Share
 from videolavit.training.stage import Stage, StageContext
 
 
@@ -55,19 +56,19 @@ class VisualTokenizerOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_u
         revive_until: last step at which they are.
     """
 
-    rho: float = 1 / 3
-    rate: float = 2.0
-    doubt: float = 0.2
-    commitment: float = 0.25
-    crowding: float = 0.3
-    hot: float = 2.0
-    cold: float = 0.5
-    cooling_steps: int = 1000
-    fixed_share_steps: int = 300
-    plain_steps: int = 200
-    decay: float = 0.98
-    dead_share: float = 0.2
-    revive_until: int = 1_000_000
+    rho: Share = 1 / 3
+    rate: NotNegative = 2.0
+    doubt: NotNegative = 0.2
+    commitment: NotNegative = 0.25
+    crowding: NotNegative = 0.3
+    hot: Positive = 2.0
+    cold: Positive = 0.5
+    cooling_steps: CountOrNone = 1000
+    fixed_share_steps: CountOrNone = 300
+    plain_steps: CountOrNone = 200
+    decay: Decay = 0.98
+    dead_share: Share = 0.2
+    revive_until: CountOrNone = 1_000_000
 
 
 class VisualTokenizerModule(nn.Module):
@@ -121,8 +122,7 @@ class VisualTokenizerModule(nn.Module):
     def as_in_use(self, features: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """features [B, N, W] -> features' `rebuilt`, `keep` [B, N] drawn as in use, its `chances` [B, N], and `ids`."""
         logits = self._logits(features)
-        keep = keep_decision(logits, gumbel(logits.shape, generator).to(logits.device))
-        keep = at_least_one(keep, logits[..., 0])
+        keep = keep_as_in_use(logits, generator)
         rebuilt, coded, _ = self.rebuild(features, keep, generator)
         return {"rebuilt": rebuilt, "keep": keep, "chances": logits[..., 0].exp(), "ids": coded.ids}
 
@@ -142,8 +142,7 @@ class VisualTokenizerModule(nn.Module):
             much the encodings of one picture are alike.
         """
         z = self.encode_task_layer(self.merger(features, keep))  # [B, N, d]
-        counts = keep.detach().sum(1).long()  # [B]
-        order = torch.sort(keep.detach(), dim=1, descending=True, stable=True).indices[:, : int(counts.max())]  # [B, L]
+        order, counts = kept_in_order(keep.detach())  # [B, L], [B]
         z = z.gather(1, order[..., None].expand(-1, -1, z.shape[2]))  # [B, L, d], kept patches in raster order
         real = torch.arange(z.shape[1], device=z.device) < counts[:, None]  # [B, L]
         z = F.normalize(z, dim=-1)
@@ -182,6 +181,19 @@ def gumbel(shape: torch.Size, generator: torch.Generator) -> Tensor:
     """Gumbel(0, 1) noise on the generator's device."""
     uniform = torch.rand(shape, generator=generator, device=generator.device)
     return -torch.log(-torch.log(uniform.clamp(1e-9, 1 - 1e-7)))
+
+
+def keep_as_in_use(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """Decisions [B, N] of 0 and 1 drawn from log-probabilities [B, N, 2] as in use (reference semantics §6.3), but with
+    at least one 1 in a row."""
+    return at_least_one(keep_decision(logits, gumbel(logits.shape, generator).to(logits.device)), logits[..., 0])
+
+
+def kept_in_order(keep: Tensor) -> tuple[Tensor, Tensor]:
+    """keep [B, N] -> positions [B, L] of the kept patches in raster order, then of others, and the counts [B] of kept
+    ones; L is the largest count."""
+    counts = keep.sum(1).long()
+    return torch.sort(keep, dim=1, descending=True, stable=True).indices[:, : int(counts.max())], counts
 
 
 def at_least_one(keep: Tensor, margin: Tensor) -> Tensor:
