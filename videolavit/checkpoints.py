@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -131,12 +131,12 @@ class Checkpoint:
     @cached_property
     def digest(self) -> str:
         """SHA-256 over names, shapes and float32 values of all weights; the same however they are stored."""
-        digest = hashlib.sha256()
-        for component in self.components:
-            for name, tensor in self.weights.tensors(component):
-                digest.update(f"{component}/{name} {list(tensor.shape)}\n".encode())
-                digest.update(tensor.contiguous().numpy().data)
-        return digest.hexdigest()
+        every = ((f"{c}/{name}", tensor) for c in self.components for name, tensor in self.weights.tensors(c))
+        return _digest(every)
+
+    def component_digest(self, name: str) -> str:
+        """As `digest`, of the weights of component `name` alone."""
+        return _digest(self.weights.tensors(name))
 
     def save(self, folder: Path, *, force: bool = False, observer: Observer = ignore) -> None:
         """Write the checkpoint to `folder`; one tensor at a time is in memory, `observer` is told of each component.
@@ -151,10 +151,10 @@ class Checkpoint:
                 path = staging / f"{component}.safetensors"
                 path.parent.mkdir(exist_ok=True)
                 shapes = dict(sorted(inventory(self.config, component).items()))
-                write_safetensors(path, shapes, self._smallest(component))
+                write_safetensors(path, shapes, self._to_store(component))
                 observer(Progress("save", count, len(self.components)))
 
-    def _smallest(self, component: str) -> Iterator[tuple[str, Tensor]]:
+    def _to_store(self, component: str) -> Iterator[tuple[str, Tensor]]:
         """A component's tensors in the smallest type that keeps their values."""
         source = self.weights
         stored = source.stored(component) if isinstance(source, StoredWeights) else source.tensors(component)
@@ -360,6 +360,14 @@ def _check_fit(component: str, state: Mapping[str, Tensor], expected: Mapping[st
     ]
     if findings:
         raise CheckpointError(f"{component}: weights do not fit the configuration; {'; '.join(findings)}")
+
+
+def _digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
+        digest.update(f"{name} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 def _smallest(tensor: Tensor) -> Tensor:

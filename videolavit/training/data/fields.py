@@ -3,7 +3,7 @@
 Contract: `FIELDS` says for every field whether there is one per clip or per picture (key frame), which components it
 needs, how it is stored and which shape one row has. Rows of a ragged field are one-dimensional and of any length. Ids
 are those of the vocabulary, not bare codes. Latents are the mode of the posterior as the VAE gives it: nothing is
-multiplied by the scaling factor.
+multiplied by the scaling factor. docs/data.md says what each field is.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Literal
+
+import numpy as np
 
 from runtime.errors import UsageError
 from runtime.geometry import VAE_FACTOR
@@ -30,14 +32,12 @@ class Field:
         dtype: numpy's name of the stored type.
         components: whose weights decide it.
         shape: of one row, from the configuration and the size of pictures; None if it is ragged.
-        about: a line for people.
     """
 
     of: Literal["clip", "picture"]
     dtype: Literal["float16", "float32", "int32", "uint8"]
     components: tuple[str, ...]
     shape: Callable[[ModelConfig, Size], tuple[int, ...]] | None
-    about: str
 
 
 def latent_grid(size: Size) -> tuple[int, int]:
@@ -51,63 +51,54 @@ FIELDS: dict[str, Field] = {
         "float16",
         (),
         lambda config, size: (2, config.geometry.frames, *config.geometry.motion_grid),
-        "motion on the tokenizer's grid and in its scale",
     ),
     "motion_latent": Field(
         "clip",
         "float16",
         (),
         lambda config, size: (2, config.geometry.frames, *latent_grid(size)),
-        "motion at latent size in the video detokenizer's scale",
     ),
     "motion_ids": Field(
         "clip",
         "int32",
         ("motion_tokenizer",),
         lambda config, size: (config.geometry.motion_tokens,),
-        "ids of the motion tokenizer, without markers",
     ),
     "latents": Field(
         "clip",
         "float16",
         ("video_vae",),
         lambda config, size: (config.geometry.frames, LATENT_CHANNELS, *latent_grid(size)),
-        "frames through the video VAE's encoder, not scaled",
     ),
     "keyframe": Field(
         "picture",
         "uint8",
         (),
         lambda config, size: (size[1], size[0], 3),
-        "the picture, or a clip's key frame, resized",
     ),
     "keyframe_latents": Field(
         "picture",
         "float16",
         ("keyframe_vae",),
         lambda config, size: (LATENT_CHANNELS, *latent_grid(size)),
-        "`keyframe` through the key-frame VAE's encoder, not scaled",
     ),
     "features": Field(
         "picture",
         "float16",
         ("visual_tokenizer",),
         lambda config, size: (config.geometry.patches, config.visual_tokenizer.eva.width),
-        "patch features of the visual tokenizer's vision transformer",
     ),
     "keep_logits": Field(
         "picture",
         "float32",
         ("visual_tokenizer",),
         lambda config, size: (config.geometry.patches, 2),
-        "log-probabilities of keep (column 0) and drop",
     ),
     "visual_ids": Field(
         "picture",
         "int32",
         ("visual_tokenizer",),
         None,
-        "ids of the visual tokenizer after one seeded keep draw, without markers; ragged",
     ),
 }
 DEFAULT_FIELDS = ("motion", "motion_ids", "visual_ids")
@@ -131,4 +122,4 @@ def row_bytes(name: str, config: ModelConfig, size: Size) -> int:
     """Bytes of one row; of a ragged field at most."""
     field = FIELDS[name]
     shape = field.shape(config, size) if field.shape else (config.geometry.patches,)
-    return prod(shape) * {"float16": 2, "float32": 4, "int32": 4, "uint8": 1}[field.dtype]
+    return prod(shape) * np.dtype(field.dtype).itemsize

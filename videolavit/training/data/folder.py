@@ -7,19 +7,20 @@ What a file is follows from its suffix. Nothing is read before it is asked for.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
-from runtime.errors import MediaError, UsageError
+from runtime.errors import UsageError
 from runtime.geometry import Geometry
 from videolavit.training.data.errors import DataError
-from videolavit.training.data.examples import ClipExample, PictureExample
-from videolavit.training.data.labels import Labels, from_json, from_jsonl, from_text
-from videolavit.training.data.media import PICTURES, VIDEOS, read_clips, read_picture
+from videolavit.training.data.labels import READERS, Labels, from_jsonl
+from videolavit.training.data.media import PICTURES, VIDEOS
+from videolavit.training.data.media_source import MediaSource
 
 JSON_LINES = "captions.jsonl"
 
 
-class FolderSource:
+class FolderSource(MediaSource):
     """Videos and pictures below `folder`, at most `clips` clips of each video.
 
     Raises:
@@ -30,7 +31,8 @@ class FolderSource:
     def __init__(self, folder: Path, geometry: Geometry, *, clips: int = 1) -> None:
         if not folder.is_dir():
             raise UsageError(f"{folder}: is not a folder; name one with videos or pictures")
-        self.folder, self.geometry, self.clips = folder, geometry, clips
+        super().__init__(geometry, clips)
+        self.folder = folder
         self.files = sorted(p.relative_to(folder) for p in folder.rglob("*") if p.suffix.lower() in PICTURES | VIDEOS)
         if not self.files:
             raise UsageError(f"{folder}: no video or picture is in it; known suffixes are {_known()}")
@@ -46,33 +48,21 @@ class FolderSource:
     def identity(self) -> Mapping[str, object]:
         return {"source": "folder", "path": str(self.folder), "clips": self.clips, "files": len(self.files)}
 
-    def moves(self, index: int) -> bool:
-        return self.files[index].suffix.lower() in VIDEOS
+    def shown(self, index: int) -> str:
+        return str(self.folder / self.files[index])
 
-    def picture(self, index: int) -> PictureExample:
-        labels = self.labels(index)
-        image = read_picture(self.folder / self.files[index], self.moves(index), self.geometry)
-        return PictureExample(image=image, captions=labels.captions, questions=labels.questions)
+    def suffix(self, index: int) -> str:
+        return self.files[index].suffix.lower()
 
-    def clip(self, index: int) -> ClipExample:
-        path, labels = self.folder / self.files[index], self.labels(index)
-        if not self.moves(index):
-            raise MediaError(f"{path}: is a picture; motion is read from videos")
-        read = read_clips(path, self.geometry, self.clips)
-        return ClipExample(
-            frames=read.frames,
-            grid=read.grid,
-            clip_count=read.count,
-            captions=labels.captions,
-            questions=labels.questions,
-        )
+    def opened(self, index: int) -> AbstractContextManager[Path]:
+        return nullcontext(self.folder / self.files[index])
 
     def labels(self, index: int) -> Labels:
         """What is said about item `index`: its line of captions.jsonl, else NAME.json, else NAME.txt, else nothing."""
         file = self.files[index]
         if file.as_posix() in self._table:
             return self._table[file.as_posix()]
-        for suffix, read in ((".json", from_json), (".txt", from_text)):
+        for suffix, read in READERS.items():
             path = (self.folder / file).with_suffix(suffix)
             if path.is_file():
                 return read(path.read_bytes(), str(path))

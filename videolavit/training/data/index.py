@@ -6,13 +6,13 @@ every finished shard, so a shard is either listed and whole, or not listed.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from runtime.bundle import sha256_of
 from runtime.files import published, writing
 from videolavit.training.data.errors import DataError
 
@@ -142,17 +142,8 @@ def check_content(folder: Path, shard: Shard) -> None:
     """As `check_sizes`, and reads both files to compare their digests."""
     check_sizes(folder, shard)
     for name, digest in ((shard.arrays, shard.arrays_sha256), (shard.text, shard.text_sha256)):
-        if file_digest(folder / name) != digest:
+        if sha256_of(folder / name) != digest:
             raise DataError(
                 f"{folder / name}: is damaged, its SHA-256 is another one; copy it again, or run the same "
                 "`videolavit tokenize` with --resume"
             )
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

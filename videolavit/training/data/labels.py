@@ -7,6 +7,7 @@ one line that names the file.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -53,6 +54,10 @@ def from_text(content: bytes, where: str) -> Labels:
 def from_json(content: bytes, where: str) -> Labels:
     """Captions and questions of a .json file. Raises DataError naming `where` and the key."""
     return _labels(_decode(content, _Said, where))
+
+
+# By suffix of the file beside the media; the first one that is there counts.
+READERS: dict[str, Callable[[bytes, str], Labels]] = {".json": from_json, ".txt": from_text}
 
 
 def from_jsonl(content: bytes, where: str) -> dict[str, Labels]:

@@ -18,11 +18,13 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from runtime.bundle import sha256_of
 from runtime.files import published, writing
+from videolavit.config import ModelConfig
 from videolavit.training.data.encoding import Item
 from videolavit.training.data.examples import Question
-from videolavit.training.data.fields import FIELDS
-from videolavit.training.data.index import FieldInfo, Shard, file_digest
+from videolavit.training.data.fields import FIELDS, Size
+from videolavit.training.data.index import FieldInfo, Shard
 
 STAGING = ".shard-*"  # names of half-written files
 
@@ -61,11 +63,11 @@ class ShardWriter:
         arrays, text = (folder / f"shard-{number:05}.{suffix}" for suffix in ("safetensors", "jsonl"))
         with published(text) as staging, writing(text):
             staging.write_bytes(b"".join(self._lines))
-            text_sha256 = file_digest(staging)
+            text_sha256 = sha256_of(staging)
         with published(arrays) as staging, writing(arrays, SafetensorError):
             save_file(self._arrays(), staging)
             staging.chmod(text.stat().st_mode)  # the library makes files that only their owner can read
-            arrays_sha256 = file_digest(staging)
+            arrays_sha256 = sha256_of(staging)
         return Shard(
             number=number,
             items=len(self._indices),
@@ -99,7 +101,7 @@ class ShardWriter:
         return {name: np.ascontiguousarray(array) for name, array in found.items()}
 
 
-def field_infos(names: Sequence[str], config: Any, size: tuple[int, int]) -> dict[str, FieldInfo]:
+def field_infos(names: Sequence[str], config: ModelConfig, size: Size) -> dict[str, FieldInfo]:
     """How fields `names` of `FIELDS` are stored for a model and a picture size."""
     infos = {}
     for name in names:

@@ -21,10 +21,9 @@ from torch.utils.data import Dataset
 
 from runtime.errors import CheckpointError
 from videolavit.checkpoints import Checkpoint
-from videolavit.training.data.digests import component_digest
 from videolavit.training.data.errors import DataError
 from videolavit.training.data.fields import FIELDS
-from videolavit.training.data.index import check_content, check_sizes, read_index
+from videolavit.training.data.index import FieldInfo, check_content, check_sizes, read_index
 from videolavit.training.data.shards import Text
 
 OPEN_SHARDS = 64  # memory-mapped at a time
@@ -93,7 +92,7 @@ class TokenizedDataset(Dataset[dict[str, Any]]):
         made_by = self.index.recipe.components
         used = {name for field in self.fields for name in FIELDS[field].components}
         for name in components or sorted(used):
-            if made_by.get(name) != component_digest(checkpoint, name):
+            if made_by.get(name) != checkpoint.component_digest(name):
                 raise CheckpointError(
                     f"{self.folder}: was made by another {name} than the checkpoint's; run `videolavit tokenize` "
                     "again with this checkpoint"
@@ -113,8 +112,8 @@ class TokenizedDataset(Dataset[dict[str, Any]]):
 class _OpenShard:
     """A memory-mapped shard; the small offset arrays are read once."""
 
-    def __init__(self, arrays: Path, text: Path, fields: dict[str, Any]) -> None:
-        self._path, self._text, self._fields = arrays, text, fields
+    def __init__(self, arrays: Path, text: Path, fields: dict[str, FieldInfo]) -> None:
+        self._text, self._fields = text, fields
         try:
             self._file = safe_open(arrays, "pt")
             self._offsets = {

@@ -19,13 +19,13 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
+import msgspec
 import torch
 
 from runtime.errors import EnvironmentProblem, MediaError, UsageError
 from runtime.files import writing
 from runtime.progress import Observer, Progress, ignore
 from videolavit.checkpoints import Checkpoint, load
-from videolavit.training.data.digests import component_digest
 from videolavit.training.data.encoding import Encoder, Item
 from videolavit.training.data.errors import DataError
 from videolavit.training.data.examples import Source
@@ -131,7 +131,7 @@ def tokenize(
     if not index.items:
         why = f"; the first problem: {notes[0]}" if notes else ""
         raise DataError(f"{folder}: not one of {index.recipe.count} items can be used{why}")
-    index = Index(format=FORMAT, complete=True, recipe=index.recipe, shards=index.shards)
+    index = msgspec.structs.replace(index, complete=True)
     write_index(folder, index)
     return Result(index, tuple(notes))
 
@@ -173,7 +173,7 @@ def _resumed(folder: Path, recipe: Recipe) -> Index:
         except DataError:
             continue  # it is made again
         whole.append(shard)
-    return Index(format=FORMAT, complete=False, recipe=recipe, shards=tuple(whole))
+    return msgspec.structs.replace(index, complete=False, shards=tuple(whole))
 
 
 def _shown(value: Any) -> str:
@@ -185,7 +185,7 @@ def _shown(value: Any) -> str:
 
 def _with(index: Index, shard: Shard) -> Index:
     shards = tuple(sorted((*index.shards, shard), key=lambda each: each.number))
-    return Index(format=FORMAT, complete=False, recipe=index.recipe, shards=shards)
+    return msgspec.structs.replace(index, shards=shards)
 
 
 class _Stopped(Exception):
@@ -202,7 +202,6 @@ class _Worker:
     count: int
     size: Size
     stop: Any = field(default_factory=Event)  # an event of threading or multiprocessing
-    _encoder: Encoder | None = None
 
     @classmethod
     def of(cls, plan: Plan) -> _Worker:
@@ -233,7 +232,7 @@ class _Worker:
             count=self.count,
             fields=field_infos(plan.fields, config, self.size),
             model=config.name,
-            components={name: component_digest(self.checkpoint, name) for name in components_of(plan.fields)},
+            components={name: self.checkpoint.component_digest(name) for name in components_of(plan.fields)},
             seed=plan.seed,
             size=self.size,
             frames=config.geometry.frames,
@@ -241,14 +240,16 @@ class _Worker:
             skip_bad=plan.skip_bad,
         )
 
+    @cached_property
+    def encoder(self) -> Encoder:
+        plan = self.plan
+        return Encoder(self.checkpoint, plan.fields, self.size, plan.seed, plan.device)
+
     def shards(
         self, folder: Path, numbers: Sequence[int], observer: Observer = ignore
     ) -> Generator[tuple[Shard, list[str]], None, None]:
         """Make shards `numbers` in `folder`; with each come the notes on what was left out."""
         recipe = self.recipe
-        encoder = self._encoder = self._encoder or Encoder(
-            self.checkpoint, self.plan.fields, self.size, self.plan.seed, self.plan.device
-        )
         for number in numbers:
             writer, notes = ShardWriter(recipe.fields), list[str]()
             first = number * recipe.shard_items
@@ -258,7 +259,7 @@ class _Worker:
                     raise _Stopped
                 items = list(self._items(range(start, min(start + BATCH_ITEMS, last)), notes))
                 if items:
-                    writer.add(items, encoder.encode(items))
+                    writer.add(items, self.encoder.encode(items))
                 observer(Progress("items", min(start + BATCH_ITEMS, last), self.count))
             yield writer.write(folder, number, len(notes)), notes
 

@@ -15,11 +15,9 @@ from pathlib import Path, PurePosixPath
 
 from runtime.errors import MediaError, UsageError
 from runtime.geometry import Geometry
-from videolavit.training.data.examples import ClipExample, PictureExample
-from videolavit.training.data.labels import Labels, from_json, from_text
-from videolavit.training.data.media import PICTURES, VIDEOS, in_memory, read_clips, read_picture
-
-LABELS = (".json", ".txt")
+from videolavit.training.data.labels import READERS, Labels
+from videolavit.training.data.media import PICTURES, VIDEOS, in_memory
+from videolavit.training.data.media_source import MediaSource
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,7 @@ class _Item:
     labels: dict[str, _Member]  # by suffix
 
 
-class WebDatasetSource:
+class WebDatasetSource(MediaSource):
     """Items of the .tar shards in `path`, a folder or one shard, at most `clips` clips of each video.
 
     Raises:
@@ -47,7 +45,8 @@ class WebDatasetSource:
     """
 
     def __init__(self, path: Path, geometry: Geometry, *, clips: int = 1) -> None:
-        self.path, self.geometry, self.clips = path, geometry, clips
+        super().__init__(geometry, clips)
+        self.path = path
         shards = sorted(path.glob("*.tar")) if path.is_dir() else [path] if path.is_file() else []
         if not shards:
             raise UsageError(f"{path}: no shard; name a .tar file or a folder with .tar files")
@@ -62,42 +61,25 @@ class WebDatasetSource:
     def identity(self) -> Mapping[str, object]:
         return {"source": "webdataset", "path": str(self.path), "clips": self.clips, "files": len(self._items)}
 
-    def moves(self, index: int) -> bool:
-        return _suffix(self._items[index].media.name) in VIDEOS
+    def shown(self, index: int) -> str:
+        item = self._items[index]
+        return f"{item.shard}:{item.media.name}"
 
-    def picture(self, index: int) -> PictureExample:
-        labels = self.labels(index)
-        with self._opened(index) as path:
-            image = read_picture(path, self.moves(index), self.geometry)
-        return PictureExample(image=image, captions=labels.captions, questions=labels.questions)
+    def suffix(self, index: int) -> str:
+        return _suffix(self._items[index].media.name)
 
-    def clip(self, index: int) -> ClipExample:
-        item, labels = self._items[index], self.labels(index)
-        if not self.moves(index):
-            raise MediaError(f"{item.shard}:{item.media.name}: is a picture; motion is read from videos")
-        with self._opened(index) as path:
-            read = read_clips(path, self.geometry, self.clips)
-        return ClipExample(
-            frames=read.frames,
-            grid=read.grid,
-            clip_count=read.count,
-            captions=labels.captions,
-            questions=labels.questions,
-        )
+    def opened(self, index: int) -> AbstractContextManager[Path]:
+        item = self._items[index]
+        return in_memory(_content(item.shard, item.media), self.shown(index), self.suffix(index))
 
     def labels(self, index: int) -> Labels:
         """What is said about item `index`: its KEY.json, else its KEY.txt, else nothing."""
         item = self._items[index]
-        for suffix, read in ((".json", from_json), (".txt", from_text)):
+        for suffix, read in READERS.items():
             member = item.labels.get(suffix)
             if member is not None:
                 return read(_content(item.shard, member), f"{item.shard}:{member.name}")
         return Labels()
-
-    def _opened(self, index: int) -> AbstractContextManager[Path]:
-        item = self._items[index]
-        name = f"{item.shard}:{item.media.name}"
-        return in_memory(_content(item.shard, item.media), name, _suffix(item.media.name))
 
 
 def _index(shard: Path) -> list[_Item]:
@@ -114,7 +96,7 @@ def _index(shard: Path) -> list[_Item]:
                 if entry.offset_data + entry.size > shard.stat().st_size:
                     raise MediaError(f"{shard}: {entry.name} is cut short; copy the shard again")
                 key, suffix = _key(entry.name), _suffix(entry.name)
-                if suffix in LABELS:
+                if suffix in READERS:
                     labels.setdefault(key, {})[suffix] = member
                 elif suffix in PICTURES | VIDEOS:
                     if key in media:
