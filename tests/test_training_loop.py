@@ -6,7 +6,6 @@ import csv
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -281,6 +280,13 @@ def test_a_longer_run_goes_on_from_the_end(checkpoint: Path, tmp_path: Path) -> 
         run(checkpoint, tmp_path / "run", steps=6, resume=True)
 
 
+def test_options_that_json_has_no_type_for_are_compared_as_well(checkpoint: Path, tmp_path: Path) -> None:
+    run(checkpoint, tmp_path / "run", steps=1, options={"scale": [1.0, 2.0]})
+    assert run(checkpoint, tmp_path / "run", steps=2, options={"scale": (1.0, 2.0)}, resume=True).steps == 2
+    with pytest.raises(UsageError, match="other settings: options"):
+        run(checkpoint, tmp_path / "run", steps=3, options={"scale": [1.0, 3.0]}, resume=True)
+
+
 # What is refused
 
 
@@ -430,17 +436,16 @@ def test_a_new_figure_gets_a_column(tmp_path: Path) -> None:
 # Many processes
 
 
+# What `accelerate launch` calls for several GPUs; on CPUs it would want MPI.
+TWO_PROCESSES = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
+
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch was built without gloo")
 def test_two_processes_are_one_with_double_batch(checkpoint: Path, tmp_path: Path) -> None:
     quiet = {"noise": 0.0, "dropout": 0.0}
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    # What `accelerate launch` calls for several GPUs; on CPUs it would want MPI.
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
     recipe = write_recipe(tmp_path / "toy.toml", steps=8, accumulation=2, ema=0.5, validate_every=4, options=quiet)
     command = ["-m", "videolavit", "train", STAGE, "--config", recipe, "--checkpoint", checkpoint]
-    process = start([*launch, *map(str, [*command, "-o", tmp_path / "two"])], ACCELERATE_USE_CPU="true")
+    process = start([*TWO_PROCESSES, *map(str, [*command, "-o", tmp_path / "two"])], ACCELERATE_USE_CPU="true")
     assert process.wait(300) == 0
     run(
         toy_checkpoint(tmp_path / "other"),
@@ -457,3 +462,10 @@ def test_two_processes_are_one_with_double_batch(checkpoint: Path, tmp_path: Pat
     for name, tensor in weights[0].items():
         torch.testing.assert_close(tensor, weights[1][name], rtol=1e-3, atol=1e-4, msg=name)
     assert "motion_encoder" not in checkpoints.load(checkpoint).untrained
+
+
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch was built without gloo")
+def test_the_state_of_a_model_in_shards_goes_on_to_the_bit(tmp_path: Path) -> None:
+    process = start([*TWO_PROCESSES, str(ROOT / "tests" / "sharded_states.py"), str(tmp_path)])
+    assert process.wait(300) == 0
+    assert states.saved_steps(tmp_path) == [3]

@@ -26,13 +26,16 @@ from videolavit.training.stage import Stage, StageContext
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`noise` is added to the inputs; from step `broken_from` on the loss is NaN; at `signal_at` Ctrl-C comes."""
+    """`noise` is added to the inputs; from step `broken_from` on the loss is NaN; at `signal_at` Ctrl-C comes.
+
+    `scale` is of the two numbers to be learnt, and has a type that JSON lacks.
+    """
 
     noise: float = 0.1
     dropout: float = 0.1
     broken_from: int = 10**9
     signal_at: int = 10**9
-    scale: float = 1.0
+    scale: tuple[float, float] = (1.0, 1.0)
 
 
 class Items(Dataset[dict[str, Tensor]]):
@@ -84,7 +87,7 @@ class ToyStage(Stage):
 
     def prepare(self, batch: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:
         assert not torch.is_grad_enabled() and isinstance(batch["name"], list)
-        return {**batch, "offset": self.options.scale * batch["offset"]}
+        return {**batch, "offset": torch.tensor(self.options.scale) * batch["offset"]}
 
     def after_step(self, step: int) -> None:
         self.module.steps += 1

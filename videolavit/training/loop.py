@@ -68,7 +68,8 @@ def train(
 
     `where` names the file of the settings in errors; `observer` and `note` are used on the main process only. Raises
     UsageError for settings, folders or a resume that make no sense, CheckpointError for weights that do not fit,
-    TrainingError when the loss is not finite, KeyboardInterrupt after the state was saved.
+    EnvironmentProblem when the machine lacks what they need, TrainingError when a loss, gradient or weight is not
+    finite, KeyboardInterrupt after the state was saved.
     """
     kind = find_stage(settings.stage)
     options = read_options(settings, kind.Options, where)
@@ -169,8 +170,9 @@ class _Trainer:
         items, since = position.items, position.step
         row: dict[str, float] = {}
         figures: dict[str, float] = {}
-        board = settings.tensorboard and bool(self.accelerator.is_main_process)
-        with Metrics(self.folder, position.step, tensorboard=board) as metrics, Interrupts() as interrupts:
+        main = self.accelerator.is_main_process
+        metrics = Metrics(self.folder, position.step, tensorboard=settings.tensorboard) if main else None
+        with metrics or nullcontext(), Interrupts() as interrupts:
             for step in range(position.step, settings.steps):
                 rate = learning_rate(settings, step)
                 scalars, stopped = self._step(step, rate, batches, interrupts)
@@ -185,12 +187,12 @@ class _Trainer:
                     since, mark = done, now
                     clock = {"items_per_second": speed, "seconds": seconds + now - started}
                     row = {**window.take(), "learning_rate": rate, **clock}
-                    if self.accelerator.is_main_process:
+                    if metrics is not None:
                         metrics.train(done, row)
                     self.observer(Progress("train", done, settings.steps))
                 if settings.validate_every and (done % settings.validate_every == 0 or last):
                     figures = self._validate(done)
-                    if figures and self.accelerator.is_main_process:
+                    if figures and metrics is not None:
                         metrics.validation(done, figures)
                         listed = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
                         self.note(f"step {done}: {listed}")

@@ -69,7 +69,7 @@ def open_run(
 
 
 def _check_same(path: Path, settings: TrainSettings) -> None:
-    before, now = (msgspec.to_builtins(each) for each in (read_settings(path), settings))
+    before, now = (msgspec.json.decode(msgspec.json.encode(each)) for each in (read_settings(path), settings))
     changed = [key for key in now if key not in FREE and now[key] != before[key]]
     if changed:
         raise UsageError(

@@ -116,20 +116,20 @@ def read_settings(path: Path) -> TrainSettings:
         raise UsageError(f"{path}: {' '.join(str(error).split())}") from error
     except ImportError as error:
         raise EnvironmentProblem(f"{path}: {error}; run: pip install 'videolavit[train]'") from error
-    # YAML 1.1 takes 1e-4 for text: there, text that is a number is one.
-    return convert(raw, TrainSettings, str(path), strict=path.suffix.lower() not in {".yaml", ".yml"})
+    return _converted(raw, TrainSettings, str(path))
 
 
 def read_options(settings: TrainSettings, kind: type[T], where: str) -> T:
     """The table `[options]` as the stage's own `kind`; `where` names the file in errors."""
+    return _converted(settings.options, kind, where, table="options")
+
+
+def _converted(raw: Any, kind: type[T], where: str, *, table: str = "") -> T:
+    """`raw`, from the file `where`, as a `kind`; raises UsageError "WHERE: KEY: what is wrong"."""
+    # YAML 1.1 takes 1e-4 for text: there, text that is a number is one.
     lax = where.lower().endswith((".yaml", ".yml"))
-    return convert(settings.options, kind, where, strict=not lax, table="options")
-
-
-def convert(raw: Any, kind: type[T], where: str, *, strict: bool = True, table: str = "") -> T:
-    """`raw` as a `kind`; raises UsageError "WHERE: KEY: what is wrong"."""
     try:
-        return msgspec.convert(raw, kind, strict=strict)
+        return msgspec.convert(raw, kind, strict=not lax)
     except msgspec.ValidationError as error:
         raise UsageError(f"{where}: {_located(str(error), table)}") from error
 
