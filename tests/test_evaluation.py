@@ -13,11 +13,13 @@ import pytest
 from click.testing import CliRunner
 
 from runtime.bundle import Bundle, find
-from runtime.errors import UsageError
+from runtime.errors import MediaError, UsageError
 from runtime.images import resize_image
 from runtime.pipeline import Pipeline
 from runtime.requests import AnswerResult, ClipResult
+from runtime.video import write_video
 from videolavit.cli import cli
+from videolavit.evaluation.command import NAMES
 from videolavit.evaluation.context import Context, Settings
 from videolavit.evaluation.figures import Figure, figures
 from videolavit.evaluation.long import border_steps
@@ -25,7 +27,7 @@ from videolavit.evaluation.parts import PARTS
 from videolavit.evaluation.questions import same_answer
 from videolavit.evaluation.reconstruction import moving_scene
 from videolavit.evaluation.record import Measure, Record
-from videolavit.evaluation.report import Run, failures, markdown, records_of, verdict
+from videolavit.evaluation.report import Run, failures, markdown, records_of, row, verdict
 from videolavit.evaluation.sheet import sheet
 from videolavit.evaluation.statistics import bootstrap, wilson
 from videolavit.evaluation.verdicts import said_size, said_speed
@@ -82,7 +84,7 @@ def test_a_perfect_model_is_right(part: str, shapes: int, tmp_path: Path) -> Non
 def test_a_model_that_runs_backwards_is_wrong_in_direction_only(tmp_path: Path) -> None:
     (record,) = measured("prompts", tmp_path, index=1, backwards=True)
     assert {key for key, right in record.checks.items() if not right} == {"direction", "all"}
-    (found,) = failures([record], [PARTS["prompts"]])
+    (found,) = failures([record])
     assert found["wrong"] == ["direction"] and found["prompt"] == record.prompt and found["seed"] == record.seed
 
 
@@ -130,6 +132,18 @@ def test_reconstruction_is_measured_against_both_baselines(tmp_path: Path) -> No
     assert values["psnr zero"] == pytest.approx(values["psnr repeat"], abs=0.5)
     assert values["ssim raw"] > values["ssim repeat"]
     assert [name for name, _ in record.strips] == ["original", "raw", "tokens", "zero", "repeat"]
+
+
+def test_real_videos_are_rebuilt(tmp_path: Path) -> None:
+    scene = moving_scene(0)
+    video = tmp_path / "street.mp4"
+    write_video(video, render(scene, 256), SHIPPED.manifest.geometry.reconstruction_fps, {}, force=False)
+    context = Context(cast(Pipeline, Oracle(scene)), tmp_path, Settings(strips=1, media=(video,)))
+    assert PARTS["media"].items(200, context.settings) == 1
+    (record,) = PARTS["media"].run(context, 0)
+    assert record.prompt == "street.mp4 (clips: 1)" and record.checks == {"better": True}
+    assert record.values["raw over zero"] > 6
+    assert record.strips[0][0] == "original"
 
 
 def test_steps_at_borders_are_told_from_those_within() -> None:
@@ -181,6 +195,10 @@ def test_verdicts() -> None:
     assert verdict(figure(float("nan"), 0.0, 1.0, 0.9, count=0)) == ""
 
 
+def test_an_amount_that_rounds_to_nothing_has_no_sign() -> None:
+    assert row(figure(-0.001, -0.002, 0.001, 0.0, "dB"))[1:3] == ("0.00 dB", "0.00 to 0.00")
+
+
 def test_figures_and_document() -> None:
     part = PARTS["prompts"]
     records = [record(index, index > 0) for index in range(4)]
@@ -202,6 +220,7 @@ def test_sheet_holds_strips_and_text() -> None:
     shown = Record(part="prompts", index=0, seed=0, prompt="p" * 300, expected="", seen="", strips=(("film", strip),))
     picture = sheet([PARTS["prompts"]], [shown])
     assert picture is not None and (picture == 7).all(axis=-1).sum() == 8 * 80 * 80
+    assert (picture[:, picture.shape[1] // 2 :] == 255).all()  # a single row stands in the first column
     assert sheet([PARTS["prompts"]], [record(0, True)]) is None
 
 
@@ -241,4 +260,21 @@ def test_the_number_of_processes_changes_nothing() -> None:
 def test_mistakes_are_said_before_work_starts(arguments: list[str], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         CliRunner().invoke(cli, ["evaluate", "shapes", *arguments], catch_exceptions=False)
-    assert CliRunner().invoke(cli, ["evaluate", "shapes", "--only", "colour"]).exit_code == 2
+    for parts in ("colour", ","):
+        assert CliRunner().invoke(cli, ["evaluate", "shapes", "--only", parts]).exit_code == 2
+
+
+def test_a_video_that_is_too_short_is_refused_before_work_starts(tmp_path: Path) -> None:
+    write_video(tmp_path / "short.mp4", np.zeros((5, 64, 64, 3), np.uint8), 6, {}, force=False)
+    with pytest.raises(MediaError, match="short"):
+        invoke("--only", "judge,media", "--media", str(tmp_path))
+
+
+def test_a_sheet_without_frames_is_not_passed_over_in_silence(tmp_path: Path) -> None:
+    events = invoke("--only", "judge", "-n", "1", "--sheet", str(tmp_path / "sheet.png"))
+    assert any("sheet.png is not written" in event.get("text", "") for event in events)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_names_every_part() -> None:
+    assert tuple(PARTS) == NAMES

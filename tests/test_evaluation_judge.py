@@ -11,7 +11,7 @@ import pytest
 from runtime.video import read_frames, write_video
 from videolavit.evaluation.judge import look
 from videolavit.evaluation.outlines import diameter, overlaps
-from videolavit.evaluation.regions import NAMES, colour_names, components, regions
+from videolavit.evaluation.regions import colour_names, components, regions
 from videolavit.evaluation.verdicts import check_one, check_two, way_of
 from videolavit.shapes.drawing import render, render_frame
 from videolavit.shapes.scene import COLOURS, KINDS, Motion, Scene, sample_scene
@@ -126,7 +126,7 @@ def test_every_colour_has_its_name_and_grounds_have_none() -> None:
         shape = scene.shapes[0]
         names = colour_names(render_frame(scene, 0))
         x, y = (round(place * 128) for place in shape.centre_at(0))
-        assert NAMES[names[y, x]] == shape.colour
+        assert COLOURS[names[y, x]] == shape.colour
         assert (colour_names(render_frame(replace(scene, shapes=()), 0)) == -1).all()
 
 

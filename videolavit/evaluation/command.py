@@ -6,6 +6,9 @@ the result holds every figure and everything that went wrong, each with the prom
 
 from __future__ import annotations
 
+import os
+import shlex
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -34,7 +37,9 @@ class Parts(click.ParamType):
         for name in names:
             if name not in NAMES:
                 self.fail(f"{name!r} is not a part; choose of {', '.join(NAMES)}", param, ctx)
-        return names or NAMES
+        if not names:
+            self.fail(f"no part is named; choose of {', '.join(NAMES)}", param, ctx)
+        return names
 
 
 @click.group()
@@ -85,6 +90,7 @@ def shapes(
     from videolavit.evaluation.context import Settings
     from videolavit.evaluation.figures import figures as figures_of
     from videolavit.evaluation.parts import PARTS
+    from videolavit.evaluation.reconstruction import motion_clips
     from videolavit.evaluation.sheet import sheet as draw
     from videolavit.evaluation.work import Workplace
     from videolavit.evaluation.work import evaluate as work
@@ -102,7 +108,8 @@ def shapes(
     parts = [PARTS[name] for name in NAMES if name in only and (name != "media" or media is not None)]
     if not parts:
         raise UsageError("--only media: needs --media FOLDER with videos")
-    tasks = [(part.name, index) for part in parts for index in range(part.items(count, settings))]
+    totals = {part.name: part.items(count, settings) for part in parts}
+    tasks = [(name, index) for name, total in totals.items() for index in range(total)]
     with Report(as_json) as report:
         opened = Bundle.open(find(bundle))
         if not opened.manifest.trained:
@@ -116,29 +123,35 @@ def shapes(
             provider=provider,
             memory_budget=memory_budget,
         )
+        if PARTS["media"] in parts:
+            for path in settings.media:
+                next(motion_clips(path, opened.manifest.geometry))  # so does a video that is too short
+        workers = min(workers, len(tasks))
         started = time.perf_counter()
-        finished = dict.fromkeys(NAMES, 0)
-        totals = {part.name: part.items(count, settings) for part in parts}
+        finished = dict.fromkeys(totals, 0)
 
         def tell(task: tuple[str, int], _: object) -> None:
             finished[task[0]] += 1
             report.progress(Progress(task[0], finished[task[0]], totals[task[0]]))
 
-        records = work(tasks, place, min(workers, len(tasks)), tell)
+        records = work(tasks, place, workers, tell)
         seconds = time.perf_counter() - started
         figures = [figure for part in parts for figure in figures_of(part, records)]
         picture = draw(parts, records) if sheet is not None else None
-        if sheet is not None and picture is not None:
-            _save(sheet, picture)
+        if sheet is not None:
+            if picture is None:
+                report.note(f"no frames to show: {sheet} is not written")
+            else:
+                _save(sheet, picture)
         run = documents.Run(bundle=opened, command=_command(), seconds=seconds, workers=workers)
         if output is not None:
             address = None if sheet is None or picture is None else _address(sheet, output)
             text = documents.markdown(run, parts, figures, records, address)
             with published(output) as staging:
                 staging.write_text(text, encoding="utf-8")
-        wrong = documents.failures(records, parts)
+        wrong = documents.failures(records)
         report.result(
-            "\n".join([*_lines(figures), "", f"{len(wrong)} failures; {seconds:.0f} s on {documents.machine()}"]),
+            "\n".join([*_lines(figures), "", f"failures: {len(wrong)}; {seconds:.0f} s on {documents.machine()}"]),
             figures=documents.records_of(figures),
             failures=wrong,
             bundle=opened.digest,
@@ -176,14 +189,9 @@ def _save(path: Path, picture: Any) -> None:
 
 def _address(sheet: Path, document: Path) -> str:
     """The sheet as seen from the document."""
-    import os
-
     return Path(os.path.relpath(sheet, document.parent)).as_posix()
 
 
 def _command() -> str:
     """The command line that was given."""
-    import shlex
-    import sys
-
     return shlex.join(["videolavit", *sys.argv[1:]])

@@ -19,6 +19,7 @@ from runtime.noise import Noise
 from runtime.pipeline import Pipeline
 from runtime.requests import ReconstructionRequest, Resolved, VideoRequest, resolve
 from runtime.video import read_frames, write_video
+from videolavit.shapes import Scene, caption, sample_scene
 
 STRIP_FRAMES = 8
 STRIP_SIDE = 80  # pixels
@@ -93,6 +94,12 @@ class Context:
         if index >= self.settings.strips:
             return ()
         return tuple((name, _strip(frames)) for name, frames in films.items() if len(frames))
+
+
+def described_scene(number: int, shapes: int) -> tuple[Scene, str]:
+    """The held-out scene `number` of `shapes` shapes, and a caption of it."""
+    scene = sample_scene(number, split="held-out", shapes=shapes)
+    return scene, caption(scene, np.random.default_rng(number))
 
 
 def _strip(frames: np.ndarray) -> np.ndarray:

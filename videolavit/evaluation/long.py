@@ -7,11 +7,10 @@ from itertools import pairwise
 import numpy as np
 
 from runtime.requests import VideoRequest
-from videolavit.evaluation.context import Context
+from videolavit.evaluation.context import Context, described_scene
 from videolavit.evaluation.judge import Seen, look
 from videolavit.evaluation.record import Measure, Part, Record
 from videolavit.evaluation.verdicts import described, words_of
-from videolavit.shapes import caption, sample_scene
 
 FLOOR = 0.25  # grey levels; frames that differ by less count as equal
 
@@ -40,8 +39,7 @@ class Long(Part):
 
     def run(self, context: Context, index: int) -> list[Record]:
         number = context.number(self.name, index)
-        scene = sample_scene(number, split="held-out", shapes=1)
-        prompt = caption(scene, np.random.default_rng(number))
+        scene, prompt = described_scene(number, shapes=1)
         clips = 2 + index % 2
         frames, problem = context.film(VideoRequest(prompt=prompt, clips=clips), number)
         starts = [0, *(context.geometry.frames + k * (context.geometry.frames - 1) for k in range(clips - 1))]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import numpy as np
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar
 
 from runtime.requests import VideoRequest
-from videolavit.evaluation.context import Context
-from videolavit.evaluation.judge import look
+from videolavit.evaluation.context import Context, described_scene
+from videolavit.evaluation.judge import Seen, look
 from videolavit.evaluation.record import Measure, Part, Record
 from videolavit.evaluation.verdicts import check_one, check_two, described, said_size, said_speed, words_of
-from videolavit.shapes import caption, render, render_frame, sample_scene
+from videolavit.shapes import Scene, render, render_frame, sample_scene
 
 
 class GroundTruth(Part):
@@ -36,17 +38,14 @@ class GroundTruth(Part):
         scene = sample_scene(number, split="held-out", shapes=1 + index % 2)
         frames = context.recorded(render(scene, context.geometry.video_size[1]), context.geometry.fps)
         seen = look(frames)
-        first = scene.shapes[0]
-        if len(scene.shapes) == 1:
-            checks = check_one(first, seen, first.size, first.motion.speed)
-        else:
-            checks = check_two(scene, seen)
+        first, *others = scene.shapes
+        checks = check_two(scene, seen) if others else check_one(first, seen, first.size, first.motion.speed)
         return [
             Record(
                 part=self.name,
                 index=index,
                 seed=number,
-                prompt=f"scene {number}, {len(scene.shapes)} shapes",
+                prompt=f"scene {number} of {'two shapes' if others else 'one shape'}",
                 expected=described(scene),
                 seen=words_of(seen),
                 checks=checks,
@@ -54,7 +53,43 @@ class GroundTruth(Part):
         ]
 
 
-class Prompts(Part):
+class Captioned(Part):
+    """Clips made from the captions of held-out scenes.
+
+    Attributes:
+        shapes: in a scene.
+    """
+
+    shapes: ClassVar[int] = 1
+
+    def request(self, context: Context, scene: Scene, prompt: str) -> VideoRequest:
+        """What the model is asked for."""
+        return VideoRequest(prompt=prompt)
+
+    @abstractmethod
+    def checks(self, scene: Scene, prompt: str, seen: Sequence[Seen]) -> dict[str, bool]:
+        """Checks of what is seen in the clip."""
+
+    def run(self, context: Context, index: int) -> list[Record]:
+        number = context.number(self.name, index)
+        scene, prompt = described_scene(number, self.shapes)
+        frames, problem = context.film(self.request(context, scene, prompt), number)
+        seen = look(frames)
+        return [
+            Record(
+                part=self.name,
+                index=index,
+                seed=number,
+                prompt=prompt,
+                expected=described(scene),
+                seen=problem or words_of(seen),
+                checks=self.checks(scene, prompt, seen),
+                strips=context.strips(index, film=frames),
+            )
+        ]
+
+
+class Prompts(Captioned):
     """Text to video, one shape."""
 
     name = "prompts"
@@ -73,31 +108,16 @@ class Prompts(Part):
         Measure(key="count", label="number of shapes"),
     )
 
-    def run(self, context: Context, index: int) -> list[Record]:
-        number = context.number(self.name, index)
-        scene = sample_scene(number, split="held-out", shapes=1)
-        prompt = caption(scene, np.random.default_rng(number))
-        frames, problem = context.film(VideoRequest(prompt=prompt), number)
-        seen = look(frames)
-        return [
-            Record(
-                part=self.name,
-                index=index,
-                seed=number,
-                prompt=prompt,
-                expected=described(scene),
-                seen=problem or words_of(seen),
-                checks=check_one(scene.shapes[0], seen, said_size(prompt), said_speed(prompt)),
-                strips=context.strips(index, film=frames),
-            )
-        ]
+    def checks(self, scene: Scene, prompt: str, seen: Sequence[Seen]) -> dict[str, bool]:
+        return check_one(scene.shapes[0], seen, said_size(prompt), said_speed(prompt))
 
 
-class TwoShapes(Part):
+class TwoShapes(Captioned):
     """Text to video, two shapes."""
 
     name = "two-shapes"
     title = "Two shapes from a prompt"
+    shapes = 2
     about = (
         "Captions of held-out scenes of two shapes. What is seen is matched to what was described by colour; each line "
         "counts clips in which it holds for both shapes."
@@ -110,27 +130,11 @@ class TwoShapes(Part):
         Measure(key="count", label="number of shapes"),
     )
 
-    def run(self, context: Context, index: int) -> list[Record]:
-        number = context.number(self.name, index)
-        scene = sample_scene(number, split="held-out", shapes=2)
-        prompt = caption(scene, np.random.default_rng(number))
-        frames, problem = context.film(VideoRequest(prompt=prompt), number)
-        seen = look(frames)
-        return [
-            Record(
-                part=self.name,
-                index=index,
-                seed=number,
-                prompt=prompt,
-                expected=described(scene),
-                seen=problem or words_of(seen),
-                checks=check_two(scene, seen),
-                strips=context.strips(index, film=frames),
-            )
-        ]
+    def checks(self, scene: Scene, prompt: str, seen: Sequence[Seen]) -> dict[str, bool]:
+        return check_two(scene, seen)
 
 
-class ImageToVideo(Part):
+class ImageToVideo(Captioned):
     """A picture and a caption to video."""
 
     name = "image-to-video"
@@ -143,22 +147,8 @@ class ImageToVideo(Part):
         Measure(key="count", label="number of shapes"),
     )
 
-    def run(self, context: Context, index: int) -> list[Record]:
-        number = context.number(self.name, index)
-        scene = sample_scene(number, split="held-out", shapes=1)
-        prompt = caption(scene, np.random.default_rng(number))
-        picture = render_frame(scene, 0, context.geometry.video_size[1])
-        frames, problem = context.film(VideoRequest(prompt=prompt, image=picture), number)
-        seen = look(frames)
-        return [
-            Record(
-                part=self.name,
-                index=index,
-                seed=number,
-                prompt=prompt,
-                expected=described(scene),
-                seen=problem or words_of(seen),
-                checks=check_one(scene.shapes[0], seen),
-                strips=context.strips(index, film=frames),
-            )
-        ]
+    def request(self, context: Context, scene: Scene, prompt: str) -> VideoRequest:
+        return VideoRequest(prompt=prompt, image=render_frame(scene, 0, context.geometry.video_size[1]))
+
+    def checks(self, scene: Scene, prompt: str, seen: Sequence[Seen]) -> dict[str, bool]:
+        return check_one(scene.shapes[0], seen)

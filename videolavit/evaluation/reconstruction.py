@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from runtime.commands.reconstruct import Originals
+from runtime.geometry import Geometry
 from runtime.images import resize_image
 from runtime.metrics import psnr, ssim
 from runtime.motion.sources import MotionClip, MotionSettings, reconstruction_clips
@@ -23,6 +24,8 @@ from videolavit.shapes import Scene, render, sample_scene
 SOURCE_SIDE = 256  # pixels of the video that is rebuilt: a macroblock of it is a cell of the model's motion
 MEDIA_CLIPS = 4  # of a real video at most
 RAW, TOKENS, ZERO, REPEAT = "raw", "tokens", "zero", "repeat"
+_WORDS = {RAW: "raw", TOKENS: "tokens", REPEAT: "repeating", ZERO: "zero motion"}
+_PSNR = tuple(Measure(key=f"psnr {name}", label=f"PSNR, {words}", unit="dB") for name, words in _WORDS.items())
 
 
 @dataclass(frozen=True)
@@ -47,12 +50,17 @@ class Rebuilt:
         return values
 
 
+def motion_clips(video: Path, geometry: Geometry) -> Iterator[MotionClip]:
+    """The clips of `video`, whole ones only, as `videolavit reconstruct` takes them. MediaError if it has none."""
+    settings = MotionSettings(fps=geometry.reconstruction_fps, rescale=False)
+    return reconstruction_clips(video, settings, geometry.frames)
+
+
 def rebuild(context: Context, video: Path, seed: int, clips: int) -> Iterator[Rebuilt]:
     """The first `clips` clips of `video` in every version, each written and decoded again."""
     geometry = context.geometry
-    settings = MotionSettings(fps=geometry.reconstruction_fps, rescale=False)
     originals = Originals(video, geometry.reconstruction_fps)
-    for clip in islice(reconstruction_clips(video, settings, geometry.frames), clips):
+    for clip in islice(motion_clips(video, geometry), clips):
         original = np.stack(list(originals.of(clip, geometry.frames, geometry.video_size)))
         keyframe = resize_image(clip.keyframe, geometry.video_size)
         made = {
@@ -91,14 +99,8 @@ class Reconstruction(Part):
         Measure(key="tokens over zero", label="motion tokens over zero motion", unit="dB"),
         Measure(key="clip raw over repeat", label="raw motion over repeating, PSNR of whole clips", unit="dB"),
         Measure(key="better", label="raw motion better than both baselines"),
-        *(
-            Measure(key=f"psnr {name}", label=f"PSNR, {words}", unit="dB")
-            for name, words in ((RAW, "raw"), (TOKENS, "tokens"), (REPEAT, "repeating"), (ZERO, "zero motion"))
-        ),
-        *(
-            Measure(key=f"ssim {name}", label=f"SSIM, {words}", unit="")
-            for name, words in ((RAW, "raw"), (TOKENS, "tokens"), (REPEAT, "repeating"), (ZERO, "zero motion"))
-        ),
+        *_PSNR,
+        *(Measure(key=f"ssim {name}", label=f"SSIM, {words}", unit="") for name, words in _WORDS.items()),
     )
 
     def run(self, context: Context, index: int) -> list[Record]:
@@ -113,7 +115,7 @@ class Reconstruction(Part):
                 index=index,
                 seed=number,
                 prompt=described(scene),
-                expected=f"repeating {values['psnr repeat']:.1f} dB, zero motion {values['psnr zero']:.1f} dB",
+                expected=f"above repeating {values['psnr repeat']:.1f} dB and zero motion {values['psnr zero']:.1f} dB",
                 seen=f"raw {values['psnr raw']:.1f} dB, tokens {values['psnr tokens']:.1f} dB",
                 checks={"better": min(values["raw over repeat"], values["raw over zero"]) > 0},
                 values=values,
@@ -136,10 +138,7 @@ class Media(Part):
         Measure(key="raw over zero", label="raw motion over zero motion", unit="dB", target=0.0),
         Measure(key="tokens over zero", label="motion tokens over zero motion", unit="dB"),
         Measure(key="raw over repeat", label="raw motion over repeating the key frame", unit="dB"),
-        *(
-            Measure(key=f"psnr {name}", label=f"PSNR, {words}", unit="dB")
-            for name, words in ((RAW, "raw"), (TOKENS, "tokens"), (REPEAT, "repeating"), (ZERO, "zero motion"))
-        ),
+        *_PSNR,
     )
 
     def items(self, wanted: int, settings: Settings) -> int:
@@ -156,8 +155,8 @@ class Media(Part):
                 part=self.name,
                 index=index,
                 seed=number,
-                prompt=f"{path.name}, {len(clips)} clips",
-                expected=f"zero motion {values['psnr zero']:.2f} dB",
+                prompt=f"{path.name} (clips: {len(clips)})",
+                expected=f"above zero motion {values['psnr zero']:.2f} dB",
                 seen=f"raw {values['psnr raw']:.2f} dB, tokens {values['psnr tokens']:.2f} dB",
                 checks={"better": values["raw over zero"] > 0},
                 values=values,

@@ -55,6 +55,11 @@ class Record:
     values: dict[str, float] = field(default_factory=dict)
     strips: tuple[tuple[str, np.ndarray], ...] = ()
 
+    @property
+    def wrong(self) -> list[str]:
+        """The checks that are wrong, without those that are wrong because of them."""
+        return [key for key, right in self.checks.items() if not right and key not in SUMMARIES]
+
 
 class Part(ABC):
     """One kind of task.

@@ -7,15 +7,13 @@ muted (saturation below 0.3) and darker than white. A frame without a shape give
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import get_args
 
 import numpy as np
 
-from videolavit.shapes.scene import HUES, Colour
+from videolavit.shapes.scene import COLOURS, HUES, Colour
 
-NAMES: tuple[Colour, ...] = get_args(Colour)
-WHITE = NAMES.index("white")
-_COLOURED = [(NAMES.index(name), hue) for name, hue in HUES.items()]
+WHITE = COLOURS.index("white")
+_COLOURED = [(COLOURS.index(name), hue) for name, hue in HUES.items()]
 SATURATION = 0.42  # least of a coloured shape: above any background, below any shape blurred by the codec
 CHROMA = 0.22  # least difference of largest and smallest channel; keeps dark, noisy pixels out
 WHITE_LEVEL = 0.74  # least of the smallest channel of a white shape
@@ -64,7 +62,7 @@ def centroid(alpha: np.ndarray) -> tuple[float, float]:
 
 def regions(frame: np.ndarray) -> list[Region]:
     """Regions of a frame [H, W, 3] uint8, largest first."""
-    names = colour_names(frame)  # [H, W] index into NAMES, -1 for background
+    names = colour_names(frame)  # [H, W] index into COLOURS, -1 for background
     least = LEAST_AREA * names.size
     pieces = [part for piece in components(names >= 0, least) for part in _colours_of(piece, names, least)]
     everything = np.zeros(names.shape, bool)
@@ -152,11 +150,13 @@ def grow(mask: np.ndarray, times: int) -> np.ndarray:
 
 def _colours_of(piece: np.ndarray, names: np.ndarray, least: float) -> list[tuple[Colour, np.ndarray]]:
     """A piece as one shape of its commonest colour, or as the shapes that touch in it."""
-    counts = np.bincount(names[piece], minlength=len(NAMES))
+    counts = np.bincount(names[piece], minlength=len(COLOURS))
     parts = []
     for index in np.flatnonzero(counts >= max(least, PART * counts.sum())):
-        parts += [(NAMES[index], part) for part in components(piece & (names == index), max(least, PART * piece.sum()))]
-    return parts if len(parts) > 1 else [(NAMES[int(counts.argmax())], piece)]
+        parts += [
+            (COLOURS[index], part) for part in components(piece & (names == index), max(least, PART * piece.sum()))
+        ]
+    return parts if len(parts) > 1 else [(COLOURS[int(counts.argmax())], piece)]
 
 
 def _region(frame: np.ndarray, colour: Colour, whole: np.ndarray, everything: np.ndarray) -> Region:

@@ -17,7 +17,7 @@ from typing import Any
 from runtime.bundle import Bundle
 from runtime.engines import processors
 from videolavit.evaluation.figures import Figure
-from videolavit.evaluation.record import SUMMARIES, Part, Record
+from videolavit.evaluation.record import Part, Record
 
 LISTED = 8  # failures per part in the document
 COLUMNS = ("what", "figure", "95 % interval", "n", "target", "")
@@ -25,7 +25,12 @@ COLUMNS = ("what", "figure", "95 % interval", "n", "target", "")
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """How the figures came about. `command`: that makes them again."""
+    """How the figures came about.
+
+    Attributes:
+        command: that makes them again.
+        workers: processes that measured at once.
+    """
 
     bundle: Bundle
     command: str
@@ -33,25 +38,21 @@ class Run:
     workers: int
 
 
-def failures(records: Iterable[Record], parts: Sequence[Part]) -> list[dict[str, Any]]:
+def failures(records: Iterable[Record]) -> list[dict[str, Any]]:
     """Everything with a wrong check: what was asked, what is seen, and which checks are wrong."""
-    shown = {part.name: {measure.key for measure in part.measures} - SUMMARIES for part in parts}
-    found = []
-    for record in records:
-        wrong = [key for key, right in record.checks.items() if not right and key in shown[record.part]]
-        if wrong:
-            found.append(
-                {
-                    "part": record.part,
-                    "index": record.index,
-                    "seed": record.seed,
-                    "prompt": record.prompt,
-                    "expected": record.expected,
-                    "seen": record.seen,
-                    "wrong": wrong,
-                }
-            )
-    return found
+    return [
+        {
+            "part": record.part,
+            "index": record.index,
+            "seed": record.seed,
+            "prompt": record.prompt,
+            "expected": record.expected,
+            "seen": record.seen,
+            "wrong": record.wrong,
+        }
+        for record in records
+        if record.wrong
+    ]
 
 
 def records_of(figures: Iterable[Figure]) -> list[dict[str, Any]]:
@@ -81,7 +82,7 @@ def markdown(
     if sheet is not None:
         lines += ["The first items of each part, unchosen:", "", f"![Frames, prompts and verdicts]({sheet})", ""]
     lines += ["## Targets", "", *table([figure for figure in figures if figure.measure.target is not None], parts), ""]
-    wrong = failures(records, parts)
+    wrong = failures(records)
     for part in parts:
         lines += [f"## {part.title}", "", part.about, ""]
         lines += [*table([figure for figure in figures if figure.part == part.name]), ""]
@@ -143,7 +144,7 @@ def _head(run: Run) -> list[str]:
         "path of the centroid; nothing that judges is learned. Shares have Wilson intervals, means bootstrap ones; a",
         "verdict is uncertain where the interval holds the target.",
         "",
-        f"{run.seconds / 60:.1f} minutes with {run.workers} workers on {machine()}.",
+        f"{run.seconds / 60:.1f} minutes on {machine()}; processes: {run.workers}.",
     ]
     return lines
 
@@ -165,7 +166,7 @@ def _listed(wrong: Sequence[dict[str, Any]]) -> list[str]:
 def _amount(value: float, unit: str) -> str:
     if unit == "share":
         return f"{100 * value:.1f} %"
-    return f"{value:.3f}" if unit == "" else f"{value:.2f}"
+    return f"{value:.3f}" if unit == "" else f"{round(value, 2) + 0.0:.2f}"  # adding 0 takes the sign off -0
 
 
 def _cpuinfo() -> list[str]:

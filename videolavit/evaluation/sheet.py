@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from videolavit.evaluation.context import STRIP_FRAMES, STRIP_SIDE
-from videolavit.evaluation.record import SUMMARIES, Part, Record
+from videolavit.evaluation.record import Part, Record
 
 FONT = 12  # pixels
 LINE = 16
@@ -55,12 +56,12 @@ def sheet(parts: Sequence[Part], records: Sequence[Record]) -> np.ndarray | None
 
 
 def _block(record: Record, title: str) -> _Block:
-    wrong = [key for key, right in record.checks.items() if not right and key not in SUMMARIES]
-    verdict = f"wrong: {', '.join(wrong)}" if wrong else "right" if record.checks else ""
-    names = " / ".join(name for name, _ in record.strips) if len(record.strips) > 1 else ""
-    lines = [(record.prompt, BLACK), (f"seen: {record.seen}   {verdict}", RED if wrong else GREEN)]
-    if names:
-        lines.insert(1, (f"from top: {names}", GREY))
+    verdict = f"wrong: {', '.join(record.wrong)}" if record.wrong else "right" if record.checks else ""
+    lines = [(record.prompt, BLACK)]
+    if len(record.strips) > 1:
+        lines.append((f"from top: {' / '.join(name for name, _ in record.strips)}", GREY))
+    lines.append((f"expected: {record.expected}", GREY))
+    lines.append((f"seen: {record.seen}   {verdict}", RED if record.wrong else GREEN))
     return _Block(title, tuple(strip for _, strip in record.strips), tuple(lines))
 
 
@@ -70,7 +71,8 @@ def _columns(blocks: Sequence[_Block]) -> list[list[_Block]]:
     columns: list[list[_Block]] = [[] for _ in range(COLUMNS)]
     reached = 0.0
     for block in blocks:
-        columns[min(COLUMNS - 1, int((reached + block.height / 2) / share))].append(block)
+        # A block belongs where its middle lies; rounded up, so that a single one stands in the first column.
+        columns[ceil((reached + block.height / 2) / share) - 1].append(block)
         reached += block.height
     return columns
 

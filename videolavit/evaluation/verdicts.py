@@ -53,7 +53,7 @@ def check_one(
 ) -> dict[str, bool]:
     """Checks of a scene of one shape against the largest one that is seen; `size` and `speed` as they were said."""
     found = seen[0] if seen else None
-    checks = dict.fromkeys(ESSENTIAL, False) if found is None else _essential(shape, found)
+    checks = _essential(shape, found)
     if size is not None:
         checks["size"] = found is not None and found.size(1) == size
     if speed is not None:
@@ -68,14 +68,16 @@ def check_two(scene: Scene, seen: Sequence[Seen]) -> dict[str, bool]:
     checks = dict.fromkeys(ESSENTIAL, True)
     for shape in scene.shapes:
         found = next((one for one in seen if one.colour == shape.colour), None)
-        right = dict.fromkeys(ESSENTIAL, False) if found is None else _essential(shape, found)
+        right = _essential(shape, found)
         checks = {name: checks[name] and right[name] for name in ESSENTIAL}
     checks["count"] = len(seen) == len(scene.shapes)
     checks["both"] = all(checks[name] for name in ESSENTIAL)
     return checks
 
 
-def _essential(shape: Shape, found: Seen) -> dict[str, bool]:
+def _essential(shape: Shape, found: Seen | None) -> dict[str, bool]:
+    if found is None:
+        return dict.fromkeys(ESSENTIAL, False)
     return {
         "colour": found.colour == shape.colour,
         "kind": found.kind == shape.kind,
