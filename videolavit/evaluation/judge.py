@@ -18,16 +18,15 @@ from videolavit.evaluation.outlines import diameter, overlaps
 from videolavit.evaluation.regions import Region, regions
 from videolavit.shapes.scene import (
     DIAMETERS,
-    DIRECTIONS,
     KINDS,
     PAIR_DIAMETERS,
     RATES,
-    STEPS,
     Colour,
     Direction,
     Kind,
     Size,
     Speed,
+    nearest_direction,
 )
 
 Way = Direction | Literal["still", "wandering"]
@@ -169,7 +168,7 @@ def _way(centres: np.ndarray) -> tuple[Way, tuple[float, float], float]:
     if length < STILL or float(np.hypot(*(smooth[-1] - smooth[0]))) < STRAIGHT * walked:
         way: Way = "wandering" if walked > 2 * STILL else "still"
         return way, (float(travel[0]), float(travel[1])), walked / (len(path) - 1)
-    direction = max(DIRECTIONS, key=lambda name: float(travel @ STEPS[name]))
+    direction = nearest_direction(travel)
     along = (path - path[0]) @ travel / length
     arrived = int(np.argmax(along >= REST * length))
     rate = float(along[arrived]) / max(1, arrived)
