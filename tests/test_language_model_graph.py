@@ -12,11 +12,11 @@ import torch
 from golden import assert_close, load
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from onnx import numpy_helper
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from export.graphs.language_model import build_language_model
 from export.graphs.token_embedding import build_token_embedding
+from export.language_model.attention import ATTENTION
 from runtime.backends.onnxruntime import OnnxRuntimeEngine, OnnxRuntimeLanguageModel
 from runtime.engines import EngineOptions
 from runtime.errors import CheckpointError, UsageError
@@ -27,6 +27,8 @@ POSITIONS = 64
 OPTIONS = EngineOptions(threads=1)
 # (width, query heads, key heads): head widths 16, 8, 24, 20, 32; grouped and single key heads
 SHAPES = [(64, 4, 2), (32, 4, 4), (96, 4, 1), (40, 2, 2), (64, 2, 1)]
+FLAVOURS = sorted(ATTENTION)
+OPSETS = {"gqa": 21, "native": 24, "plain": 18}  # what the runtimes that a flavour is for can read
 
 
 def config_of(shape: tuple[int, int, int], layers: int = 2) -> LanguageModelConfig:
@@ -68,10 +70,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("language_models")
 
 
-def engine_of(folder: Path, shape: tuple[int, int, int]) -> OnnxRuntimeLanguageModel:
-    path = folder / f"{'_'.join(map(str, shape))}.onnx"
+def engine_of(folder: Path, shape: tuple[int, int, int], flavour: str = "gqa") -> OnnxRuntimeLanguageModel:
+    path = folder / f"{flavour}_{'_'.join(map(str, shape))}.onnx"
     if not path.exists():
-        onnx.save(build_language_model(config_of(shape), VOCABULARY, weights_of(shape)), path)
+        onnx.save(build_language_model(config_of(shape), VOCABULARY, weights_of(shape), flavour), path)
     return OnnxRuntimeLanguageModel(path, OPTIONS, POSITIONS)
 
 
@@ -94,6 +96,7 @@ def padded(rows: list[np.ndarray], extra: int = 0) -> np.ndarray:
     return out
 
 
+@pytest.mark.parametrize("flavour", FLAVOURS)
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     shape=st.sampled_from(SHAPES),
@@ -102,11 +105,11 @@ def padded(rows: list[np.ndarray], extra: int = 0) -> np.ndarray:
     seed=st.integers(0, 2**31),
 )
 def test_ragged_prefill_then_decode_equals_transformers(
-    folder: Path, shape: tuple[int, int, int], lengths: list[int], extra: int, seed: int
+    folder: Path, flavour: str, shape: tuple[int, int, int], lengths: list[int], extra: int, seed: int
 ) -> None:
     rng = np.random.default_rng(seed)
     rows = [rng.standard_normal((n, shape[0])).astype(np.float32) for n in lengths]
-    model = engine_of(folder, shape)
+    model = engine_of(folder, shape, flavour)
     model.start(len(rows), capacity=20)
     assert_relative(model.forward(padded(rows, extra), np.array(lengths)), expected(shape, rows))
     for _ in range(3):
@@ -116,7 +119,8 @@ def test_ragged_prefill_then_decode_equals_transformers(
     np.testing.assert_array_equal(model.lengths, np.array(lengths) + 3)
 
 
-def test_single_row_continues_with_several_positions(folder: Path) -> None:
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_single_row_continues_with_several_positions(folder: Path, flavour: str) -> None:
     shape = SHAPES[0]
     row = np.random.default_rng(1).standard_normal((11, shape[0])).astype(np.float32)
     model = engine_of(folder, shape)
@@ -126,10 +130,11 @@ def test_single_row_continues_with_several_positions(folder: Path) -> None:
         assert_relative(logits, expected(shape, [row[:end]]))
 
 
-def test_cache_fills_to_the_last_position_and_starts_anew(folder: Path) -> None:
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_cache_fills_to_the_last_position_and_starts_anew(folder: Path, flavour: str) -> None:
     shape = SHAPES[2]
     row = np.random.default_rng(2).standard_normal((POSITIONS, shape[0])).astype(np.float32)
-    model = engine_of(folder, shape)
+    model = engine_of(folder, shape, flavour)
     for _ in range(2):
         model.start(1, POSITIONS)
         model.forward(row[None, :-1], np.array([POSITIONS - 1]))
@@ -191,26 +196,34 @@ def test_weights_are_read_once_and_checked() -> None:
         build_language_model(config_of(shape), VOCABULARY, missing)
     with pytest.raises(CheckpointError, match=r"lm_head\.weight is \[120, 64\].*\[121, 64\]"):
         build_language_model(config_of(shape), VOCABULARY + 1, weights)
-    with pytest.raises(UsageError, match="choose from gqa"):
+    with pytest.raises(UsageError, match="choose from gqa, native, plain"):
         build_language_model(config_of(shape), VOCABULARY, weights, attention="other")
 
 
-def test_store_decides_where_constants_go() -> None:
-    sizes: dict[str, int] = {}
-
-    def store(array: np.ndarray, name: str) -> onnx.TensorProto:
-        sizes[name] = array.nbytes
-        return numpy_helper.from_array(np.zeros(0, array.dtype), name)
-
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_runtimes_know_the_operators(flavour: str) -> None:
+    """Only `gqa` needs more than the operators of ONNX, and each flavour's opset is one its runtimes read."""
     shape = SHAPES[0]
-    model = build_language_model(config_of(shape), VOCABULARY, weights_of(shape), store=store)
-    assert sizes["layers.1.self_attn.qkv.weight"] == 4 * 64 * 128
-    assert model.ByteSize() < 15_000
+    model = build_language_model(config_of(shape), VOCABULARY, weights_of(shape), flavour)
+    domains = {node.domain for node in model.graph.node}
+    assert ("com.microsoft" in domains) == (flavour == "gqa")
+    assert model.opset_import[0].version == OPSETS[flavour]
+    if flavour != "gqa":
+        onnx.checker.check_model(model, full_check=True)
+    assert [value.name for value in model.graph.input] == [
+        *("inputs_embeds", "past_lengths", "new_lengths"),
+        *(f"past_{part}_{layer}" for layer in range(2) for part in ("key", "value")),
+    ]
+    assert [value.name for value in model.graph.output] == [
+        "logits",
+        *(f"present_{part}_{layer}" for layer in range(2) for part in ("key", "value")),
+    ]
 
 
-def test_nodes_say_which_module_they_come_from() -> None:
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_nodes_say_which_module_they_come_from(flavour: str) -> None:
     shape = SHAPES[0]
-    model = build_language_model(config_of(shape), VOCABULARY, weights_of(shape))
+    model = build_language_model(config_of(shape), VOCABULARY, weights_of(shape), flavour)
     names = [node.name for node in model.graph.node]
     assert len(set(names)) == len(names)
     assert {"layers.0.self_attn.qkv", "layers.1.mlp.gate_up", "norm", "lm_head"} <= set(names)

@@ -58,11 +58,13 @@ class GraphWriter:
         self._nodes.append(helper.make_node(op, inputs, outputs, name=name, domain=domain, **attributes))
         return outputs[0]
 
-    def model(self, name: str) -> onnx.ModelProto:
+    def model(self, name: str, opset: int = OPSET) -> onnx.ModelProto:
+        """The model. A later `opset` than the default brings the IR version that came with it."""
         domains = {node.domain for node in self._nodes}
-        opsets = [helper.make_opsetid("", OPSET), *(helper.make_opsetid(d, 1) for d in sorted(domains - {""}))]
+        opsets = [helper.make_opsetid("", opset), *(helper.make_opsetid(d, 1) for d in sorted(domains - {""}))]
         graph = helper.make_graph(self._nodes, name, self._inputs, self._outputs, self._constants)
-        return helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="videolavit")
+        version = max(IR_VERSION, helper.find_min_ir_version_for(opsets[:1]))
+        return helper.make_model(graph, opset_imports=opsets, ir_version=version, producer_name="videolavit")
 
 
 def weight(weights: Mapping[str, np.ndarray], name: str, shape: tuple[int, ...]) -> np.ndarray:
