@@ -1,55 +1,41 @@
 """Checkpoint -> engine bundle.
 
-Contract: every engine is written, loaded again and compared with torch before the bundle is published, all in a
-staging folder: a failure, a parity error included, leaves the old bundle or none. An engine is named as in
-`export.graphs.registry`, or `understanding/NAME` when the model has its own weights for that task.
+Contract: every engine is written, loaded again and compared with torch before the bundle is published, all in a stage
+beside it (`export.stage`): a failure, a parity error included, leaves the old bundle or none, and what was finished by
+then is not built again by the next export. A component too large to stay in memory beside others is exported by a
+process of its own. An engine is named as in `export.graphs.registry`, or `understanding/NAME` when the model has its
+own weights for that task.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import math
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
+import msgspec
+
+from export.engine import Built, build_apart, build_engine
 from export.graphs.registry import ENGINES, LANGUAGE_MODEL, components_of
-from export.onnx import engine_model, tensor_entries, write_model
 from export.parity import check_engine, check_language_model
-from runtime.backends.onnxruntime import OnnxRuntimeEngine, OnnxRuntimeLanguageModel
-from runtime.bundle import FORMAT, EngineEntry, Manifest, Parity, describe_file, publish, write_manifest
-from runtime.engines import EngineOptions, EngineSet
+from export.plan import Planned, plan_components
+from export.settings import TASKS, ExportSettings
+from export.stage import Stage, content_key
+from runtime.bundle import FORMAT, Manifest, Parity, describe_file
+from runtime.engines import EngineSet
 from runtime.progress import Observer, Progress, ignore
 from runtime.settings import LanguageModelShape
 from videolavit.checkpoints import Checkpoint
 from videolavit.inventory import for_task, inventory
 
-TASKS = ("generate", "understand")
+VERSION = 1  # of what the exporter writes: engines of another one are not taken up again
 # Engines that answering a question needs; generation needs all.
 ANSWERING = ("visual_encoder", "visual_merger", "motion_encoder", "token_embedding", LANGUAGE_MODEL)
 LIBRARIES = ("torch", "onnx", "onnxruntime", "transformers", "diffusers", "numpy")
-
-
-@dataclass(frozen=True)
-class Built:
-    """One exported engine: bytes of its files, how near it is to torch, seconds to export, load and compare it."""
-
-    name: str
-    bytes: int
-    parity: Parity
-    export_seconds: float
-    load_seconds: float
-    parity_seconds: float
-
-
-@dataclass(frozen=True)
-class Planned:
-    """What a component contributes: its tensors' elements and the engines made from it."""
-
-    component: str
-    parameters: int
-    engines: tuple[str, ...]
+APART = 256 * 2**20  # bytes of a component's weights in float32 from which it is exported by a process of its own
 
 
 def engines_for(checkpoint: Checkpoint, tasks: Sequence[str] = TASKS) -> list[str]:
@@ -68,16 +54,20 @@ def sources_of(checkpoint: Checkpoint, engine: str) -> tuple[str, ...]:
     return tuple(checkpoint.resolve(component, task) for component in components_of(name))
 
 
-def plan(checkpoint: Checkpoint, tasks: Sequence[str] = TASKS) -> list[Planned]:
+def plan(
+    checkpoint: Checkpoint,
+    tasks: Sequence[str] = TASKS,
+    settings: ExportSettings | None = None,
+    *,
+    compare: bool = True,
+) -> list[Planned]:
     """What `export_bundle` would build, without building it."""
     names = engines_for(checkpoint, tasks)
-    planned = []
-    for component in checkpoint.components:
-        engines = tuple(name for name in names if component in sources_of(checkpoint, name))
-        if engines:
-            sizes = inventory(checkpoint.config, component).values()
-            planned.append(Planned(component, sum(math.prod(shape) for shape in sizes), engines))
-    return planned
+    engines = {
+        component: tuple(name for name in names if component in sources_of(checkpoint, name))
+        for component in checkpoint.components
+    }
+    return plan_components(checkpoint.config, engines, settings or ExportSettings(), compare)
 
 
 def export_bundle(
@@ -85,84 +75,81 @@ def export_bundle(
     target: Path,
     *,
     tasks: Sequence[str] = TASKS,
+    settings: ExportSettings | None = None,
     force: bool = False,
+    compare: bool = True,
     observer: Observer = ignore,
 ) -> list[Built]:
     """Build the engines of `checkpoint` and publish them as the bundle `target`.
 
     Args:
         tasks: what the bundle is for, of `TASKS`.
+        settings: backend, precision and shapes of the engines; None takes ONNX in float32.
         force: replace a bundle that is there.
+        compare: compare with torch, which needs a component in float32 in memory.
         observer: told after every engine.
 
     Raises:
         UsageError: `target` exists or cannot be written.
         CheckpointError: the weights do not fit the configuration.
         ParityError: an engine disagrees with torch.
+        EnvironmentProblem: a library or a device is missing, or memory did not suffice.
     """
+    settings = settings or ExportSettings()
     names = engines_for(checkpoint, tasks)
-    built: list[Built] = []
-    entries: dict[str, EngineEntry] = {}
-    with publish(target, replace=force) as staging:
-        tokenizer = staging / "tokenizer.model"
-        tokenizer.write_bytes(checkpoint.tokenizer)
+    engines: dict[str, Built] = {}
+    digest = cache(lambda component: _component_digest(checkpoint, component))
+    with Stage(target, replace=force) as stage:
         for name in names:
-            checkpoint.release(*sources_of(checkpoint, name))
-            entries[name], result = _build_engine(checkpoint, name, staging)
-            built.append(result)
-            observer(Progress("export", len(built), len(names)))
-        write_manifest(staging, _manifest(checkpoint, tokenizer, staging, entries))
-    return built
+            sources = sources_of(checkpoint, name)
+            checkpoint.release(*sources)
+            key = _key(checkpoint, name, settings, compare, {source: digest(source) for source in sources})
+            built = stage.finished(key)
+            if built is None:
+                make = build_apart if _elements(checkpoint, sources) * 4 > APART else build_engine
+                own = settings.for_engine(name)
+                built = stage.build(key, lambda folder: make(checkpoint, name, folder, own, compare))  # noqa: B023
+            engines[key] = built
+            observer(Progress("export", len(engines), len(names)))
+        stage.publish(engines, lambda folder: _manifest(checkpoint, folder, list(engines.values())))
+    return list(engines.values())
 
 
 def verify_engines(engines: EngineSet, checkpoint: Checkpoint, report: Callable[[str, Parity], None]) -> None:
     """Compare every engine of a bundle with torch; `report` is told of each. Raises ParityError at the first miss."""
-    for name in engines.bundle.manifest.engines:
+    for name, entry in engines.bundle.manifest.engines.items():
         task, _, engine = name.rpartition("/")
         seen = checkpoint.for_task(task)
         if engine == LANGUAGE_MODEL:
-            report(name, check_language_model(engines.language_model(task), seen))
+            report(name, check_language_model(engines.language_model(task), seen, entry.precision))
         else:
-            report(name, check_engine(engine, engines.get(engine, task), seen))
+            report(name, check_engine(engine, engines.get(engine, task), seen, entry.precision))
 
 
-def _build_engine(checkpoint: Checkpoint, name: str, folder: Path) -> tuple[EngineEntry, Built]:
-    started = time.perf_counter()
-    path = folder / f"{name}.onnx"
-    path.parent.mkdir(exist_ok=True)
-    task, _, name = name.rpartition("/")
-    checkpoint = checkpoint.for_task(task)
-    model = engine_model(checkpoint, name)
-    files = write_model(model, path)
-    exported = time.perf_counter()
-    options = EngineOptions()
-    if name == LANGUAGE_MODEL:
-        llm = OnnxRuntimeLanguageModel(files[0], options, checkpoint.config.language_model.max_positions)
-        loaded = time.perf_counter()
-        parity = check_language_model(llm, checkpoint)
-    else:
-        engine = OnnxRuntimeEngine(files[0], options)
-        loaded = time.perf_counter()
-        parity = check_engine(name, engine, checkpoint)
-    checked = time.perf_counter()
-    entry = EngineEntry(
-        files=tuple(describe_file(folder, path) for path in files),
-        inputs=tensor_entries(model.graph.input),
-        outputs=tensor_entries(model.graph.output),
-        parity=parity,
-    )
-    size = sum(file.bytes for file in entry.files)
-    return entry, Built(
-        path.relative_to(folder).with_suffix("").as_posix(),
-        size,
-        parity,
-        exported - started,
-        loaded - exported,
-        checked - loaded,
-    )
+def _key(checkpoint: Checkpoint, name: str, settings: ExportSettings, compare: bool, digests: dict[str, str]) -> str:
+    """Key of everything the files of an engine depend on."""
+    versions = {library: importlib.metadata.version(library) for library in LIBRARIES}
+    config = msgspec.to_builtins(checkpoint.config)
+    return content_key([VERSION, versions, name, digests, config, settings.for_engine(name), compare])
 
 
-def _manifest(checkpoint: Checkpoint, tokenizer: Path, folder: Path, entries: dict[str, EngineEntry]) -> Manifest:
+def _component_digest(checkpoint: Checkpoint, component: str) -> str:
+    """SHA-256 over names and values of a component's weights."""
+    digest = hashlib.sha256()
+    for name, tensor in checkpoint.weights.tensors(component):
+        digest.update(f"{name} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def _elements(checkpoint: Checkpoint, components: Sequence[str]) -> int:
+    return sum(math.prod(shape) for name in components for shape in inventory(checkpoint.config, name).values())
+
+
+def _manifest(checkpoint: Checkpoint, folder: Path, engines: Sequence[Built]) -> Manifest:
+    """The manifest of the bundle in `folder`, which gets the tokenizer."""
+    tokenizer = folder / "tokenizer.model"
+    tokenizer.write_bytes(checkpoint.tokenizer)
     config = checkpoint.config
     llm = config.language_model
     return Manifest(
@@ -186,5 +173,5 @@ def _manifest(checkpoint: Checkpoint, tokenizer: Path, folder: Path, entries: di
         video_vae_scaling=config.video_vae.scaling_factor,
         defaults=config.defaults,
         tokenizer=describe_file(folder, tokenizer),
-        engines=entries,
+        engines={built.name: built.entry for built in engines},
     )

@@ -6,17 +6,23 @@ after everything that agrees has been shown.
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
+import msgspec
 from rich.console import Console
 from rich.table import Table
 
+from export.settings import TASKS, Backend, ExportSettings, parse_precision, read_profile
 from runtime.bundle import Bundle, Parity, find
 from runtime.commands.report import Report
 from runtime.errors import BundleError, UsageError
+
+if TYPE_CHECKING:
+    from export.plan import Planned
 
 MIB = 2**20
 
@@ -24,47 +30,65 @@ MIB = 2**20
 @click.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Bundle folder to write.")
-@click.option("--backend", type=click.Choice(["onnx"]), default="onnx", show_default=True, help="Kind of engines.")
+@click.option("--profile", help="Machine to build for: a name under engines/profiles, or a TOML file.")
+@click.option("--backend", type=click.Choice(get_args(Backend)), help="Kind of engines.  [default: onnx]")
 @click.option(
-    "--tasks", default="generate,understand", show_default=True, help="What the bundle is for, separated by commas."
+    "--precision",
+    help="fp32, fp16, bf16, int8 or int4; ENGINE=PRECISION for one engine; several separated by commas.  "
+    "[default: fp32]",
 )
-@click.option("--plan", "plan_only", is_flag=True, help="Only say what would be built.")
+@click.option("--tasks", help="What the bundle is for, separated by commas.  [default: generate,understand]")
+@click.option("--plan", "plan_only", is_flag=True, help="Only say what would be built and what it takes.")
+@click.option("--no-compare", is_flag=True, help="Do not compare with torch, which takes the most memory.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 @click.option("--json", "as_json", is_flag=True, help="Events and result as JSON lines on stdout.")
 def export(
-    checkpoint: Path, output: Path, backend: str, tasks: str, plan_only: bool, force: bool, as_json: bool
+    checkpoint: Path,
+    output: Path,
+    profile: str | None,
+    backend: Backend | None,
+    precision: str | None,
+    tasks: str | None,
+    plan_only: bool,
+    no_compare: bool,
+    force: bool,
+    as_json: bool,
 ) -> None:
     """Turn CHECKPOINT into a bundle of engines; each is compared with torch before anything is published.
 
-    CHECKPOINT is a checkpoint of this project or a folder with the official weights.
+    CHECKPOINT is a checkpoint of this project or a folder with the official weights. An export that was ended goes on
+    where it stopped when it is run again.
     """
-    from export.build import TASKS, export_bundle, plan
+    from export.build import export_bundle, plan
+    from export.plan import check_fits
     from videolavit.checkpoints import load
 
-    chosen = [task.strip() for task in tasks.split(",")]
-    unknown = [task for task in chosen if task not in TASKS]
-    if unknown:
-        raise UsageError(f"--tasks {tasks}: {unknown[0]!r} is no task; choose from {', '.join(TASKS)}")
+    settings = choose(profile, backend, precision, tasks)
     source = load(checkpoint)
+    compare = not no_compare
     with Report(as_json) as report:
+        parts = plan(source, settings.tasks, settings, compare=compare)
         if plan_only:
-            parts = plan(source, chosen)
-            table = _table("component", "parameters", "float16 MiB", "engines")
-            for part in parts:
-                table.add_row(
-                    part.component, f"{part.parameters:,}", f"{2 * part.parameters / MIB:.1f}", ", ".join(part.engines)
-                )
-            report.result(_text(table), plan=[asdict(part) for part in parts])
+            report.result(_plan_text(parts), plan=[asdict(part) for part in parts])
+        check_fits(parts, output)
+        if plan_only:
             return
         if not source.trained:
             report.note(f"{checkpoint} has random weights, it is not trained")
-        built = export_bundle(source, output, tasks=chosen, force=force, observer=report.progress)
-        table = _table("engine", "MiB", "largest error", "allowed", "export s", "load s", "compare s")
+        built = export_bundle(
+            source,
+            output,
+            tasks=settings.tasks,
+            settings=settings,
+            force=force,
+            compare=compare,
+            observer=report.progress,
+        )
+        table = _table("engine", "precision", "MiB", "largest error", "allowed", "export s", "load s", "compare s")
         for one in built:
-            times = (one.export_seconds, one.load_seconds, one.parity_seconds)
-            table.add_row(
-                one.name, f"{one.bytes / MIB:.2f}", *_bounds(one.parity), *(f"{seconds:.2f}" for seconds in times)
-            )
+            seconds = (one.export_seconds, one.load_seconds, one.parity_seconds)
+            times = ["kept", "", ""] if one.reused else [f"{second:.2f}" for second in seconds]
+            table.add_row(one.name, one.entry.precision, f"{one.bytes / MIB:.2f}", *_bounds(one.parity), *times)
         report.result(
             _text(table) + f"\n{output}: {len(built)} engines, {sum(one.bytes for one in built) / MIB:.1f} MiB",
             bundle=str(output),
@@ -72,8 +96,10 @@ def export(
                 {
                     "name": one.name,
                     "bytes": one.bytes,
-                    "max_abs_error": one.parity.max_abs_error,
-                    "tolerance": one.parity.tolerance,
+                    "precision": one.entry.precision,
+                    "max_abs_error": one.parity and one.parity.max_abs_error,
+                    "tolerance": one.parity and one.parity.tolerance,
+                    "reused": one.reused,
                     "export_seconds": one.export_seconds,
                     "load_seconds": one.load_seconds,
                     "parity_seconds": one.parity_seconds,
@@ -81,6 +107,42 @@ def export(
                 for one in built
             ],
         )
+
+
+def choose(profile: str | None, backend: Backend | None, precision: str | None, tasks: str | None) -> ExportSettings:
+    """Settings of a profile, or the defaults, changed by the flags that were given. Raises UsageError."""
+    settings = read_profile(profile) if profile else ExportSettings()
+    engines = dict(settings.engines)
+    default = settings.default
+    if backend:
+        default = replace(default, backend=backend)
+    if precision:
+        common, single = parse_precision(precision)
+        default = replace(default, precision=common or default.precision)
+        for name, choice in single.items():
+            engines[name] = msgspec.structs.replace(engines.get(name, choice), precision=choice.precision)
+    chosen = [task.strip() for task in tasks.split(",")] if tasks else settings.tasks
+    unknown = [task for task in chosen if task not in TASKS]
+    if unknown:
+        raise UsageError(f"--tasks {tasks}: {unknown[0]!r} is no task; choose from {', '.join(TASKS)}")
+    return replace(settings, default=default, engines=engines, tasks=tuple(t for t in TASKS if t in chosen))
+
+
+def _plan_text(parts: Sequence[Planned]) -> str:
+    table = _table("component", "parameters", "disk MiB", "memory MiB", "seconds", "engines")
+    for part in parts:
+        engines = [f"{name} ({precision})" for name, precision in zip(part.engines, part.precisions, strict=True)]
+        table.add_row(
+            part.component,
+            f"{part.parameters:,}",
+            f"{part.bytes / MIB:.1f}",
+            f"{part.memory / MIB:.0f}",
+            f"{part.seconds:.0f}",
+            ", ".join(engines),
+        )
+    disk, memory = sum(part.bytes for part in parts), max(part.memory for part in parts)
+    seconds = sum(part.seconds for part in parts)
+    return f"{_text(table)}\nin all: {disk / MIB:.1f} MiB of disk, {memory / MIB:.0f} MiB of memory, {seconds:.0f} s"
 
 
 @click.command()
@@ -126,8 +188,10 @@ def verify(bundle: str, checkpoint: Path, engines_only: bool, as_json: bool) -> 
             report.result(_text(engine_table, task_table), **results)
 
 
-def _bounds(parity: Parity) -> tuple[str, str]:
+def _bounds(parity: Parity | None) -> tuple[str, str]:
     """Error and tolerance as cells; integers have no tolerance."""
+    if parity is None:
+        return "not measured", ""
     return f"{parity.max_abs_error:.2g}", f"{parity.tolerance:.2g}" if parity.tolerance else "equal"
 
 

@@ -63,7 +63,7 @@ def trace(module: nn.Module, graph: Graph, signature: Signature) -> onnx.ModelPr
     """Export `module` at the graph's example sizes."""
     example = signature.example(graph.example, TRACE_SEED)
     arguments = tuple(torch.from_numpy(example[name]) for name in signature.inputs)
-    with tempfile.TemporaryDirectory(prefix="videolavit-export-") as folder, _quiet(), _exporter_fixes():
+    with tempfile.TemporaryDirectory(prefix="videolavit-export-") as folder, quiet(), exporter_fixes():
         path = Path(folder) / "model.onnx"
         torch.onnx.export(
             module,
@@ -77,8 +77,8 @@ def trace(module: nn.Module, graph: Graph, signature: Signature) -> onnx.ModelPr
         )
         model = onnx.load(path)
     for value in model.graph.output:
-        _set_shape(value, signature.outputs[value.name])
-    _shorten_names(model.graph)
+        set_shape(value, signature.outputs[value.name])
+    shorten_names(model.graph)
     return model
 
 
@@ -114,14 +114,14 @@ def _arrays(checkpoint: Checkpoint, component: str) -> dict[str, Any]:
     return {name: tensor.numpy() for name, tensor in checkpoint.weights.tensors(component)}
 
 
-def _set_shape(value: onnx.ValueInfoProto, shape: Shape) -> None:
+def set_shape(value: onnx.ValueInfoProto, shape: Shape) -> None:
     dims = value.type.tensor_type.shape.dim
     del dims[:]
     for size in shape:
         dims.add(**({"dim_param": size} if isinstance(size, str) else {"dim_value": size}))
 
 
-def _shorten_names(graph: onnx.GraphProto) -> None:
+def shorten_names(graph: onnx.GraphProto) -> None:
     """Number the intermediate values: traced ones repeat a module path that the node's own name keeps."""
     kept = {value.name for value in (*graph.input, *graph.output, *graph.initializer)}
     short: dict[str, str] = {}
@@ -143,7 +143,7 @@ def _all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence the exporter's notes on deprecation and on traced constants; parity at other sizes is the judge."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -151,7 +151,7 @@ def _quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _exporter_fixes() -> Iterator[None]:
+def exporter_fixes() -> Iterator[None]:
     """Our translation of `unflatten`, in place while exporting.
 
     The library's own hides the result's shape from shape inference, which then falls back to the traced sizes: later

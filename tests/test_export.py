@@ -17,9 +17,11 @@ from torch import nn
 
 from export import build, parity
 from export.commands import export, verify
+from export.engine import write_engine
 from export.graphs.graph import Graph, Input, Signature, integers, run
 from export.graphs.registry import ENGINES, GRAPHS, LANGUAGE_MODEL
 from export.onnx import torch_module, trace, write_model
+from export.settings import EngineSettings
 from runtime.backends.onnxruntime import OnnxRuntimeEngine
 from runtime.bundle import Bundle
 from runtime.engines import EngineOptions, EngineSet
@@ -103,9 +105,8 @@ def test_large_models_keep_their_weights_beside_them(
     checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("export.onnx.SINGLE_FILE_LIMIT", 1000)
-    graph = GRAPHS["motion_conditioner"]
-    model = trace(torch_module(checkpoint, graph), graph, graph.signature(checkpoint.config))
-    files = write_model(model, tmp_path / "motion_conditioner.onnx")
+    path = tmp_path / "motion_conditioner.onnx"
+    files = write_engine(checkpoint, "motion_conditioner", path, EngineSettings())
     assert [path.name for path in files] == ["motion_conditioner.onnx", "motion_conditioner.onnx.data"]
     parity.check_engine("motion_conditioner", OnnxRuntimeEngine(files[0], EngineOptions(threads=1)), checkpoint)
 

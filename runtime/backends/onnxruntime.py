@@ -18,7 +18,7 @@ from runtime.errors import BundleError, EnvironmentProblem, UsageError
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _INSTALL = {"cpu": 'pip install "videolavit[cpu]"', "cuda": 'pip install "videolavit[gpu]"'}
-_DTYPES = {
+_DTYPES: dict[str, np.dtype[Any]] = {
     "tensor(float)": np.dtype(np.float32),
     "tensor(float16)": np.dtype(np.float16),
     "tensor(int64)": np.dtype(np.int64),
@@ -187,9 +187,16 @@ class OnnxRuntimeLanguageModel:
         self._session = open_session(path, options)
         self._device = options.provider
         self._max_positions = max_positions
-        declared = {value.name: value.shape for value in self._session.get_inputs()}
-        self._width = int(declared["inputs_embeds"][2])
-        self._caches = {name: shape for name, shape in declared.items() if name.startswith("past_") and len(shape) == 4}
+        declared = {value.name: value for value in self._session.get_inputs()}
+        strange = [f"{name} is {value.type}" for name, value in declared.items() if value.type not in _DTYPES]
+        if strange:
+            raise BundleError(f"{path}: input {strange[0]}, not one of {', '.join(_DTYPES)}; export it again")
+        self._width = int(declared["inputs_embeds"].shape[2])
+        self._caches: dict[str, tuple[tuple[Any, ...], np.dtype[Any]]] = {
+            name: (tuple(value.shape), _DTYPES[value.type])
+            for name, value in declared.items()
+            if name.startswith("past_") and len(value.shape) == 4
+        }
         self._vocabulary = int(next(v.shape[1] for v in self._session.get_outputs() if v.name == "logits"))
         self._cache: dict[str, Any] = {}
         self._step: _Step | None = None
@@ -207,8 +214,8 @@ class OnnxRuntimeLanguageModel:
             raise UsageError(f"language model: rows is {rows}, it must be at least 1")
         self._step = None
         self._cache.clear()
-        for name, (_, heads, _, head) in self._caches.items():
-            self._cache[name] = self._value(np.zeros((rows, heads, capacity, head), np.float32))
+        for name, ((_, heads, _, head), dtype) in self._caches.items():
+            self._cache[name] = self._value(np.zeros((rows, heads, capacity, head), dtype))
         self._capacity = capacity
         self.lengths = np.zeros(rows, np.int32)
 

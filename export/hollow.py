@@ -1,0 +1,159 @@
+"""Trace a graph without its weights.
+
+Contract: a module is built on hollow parameters, one number stretched to the parameter's shape, so that tracing costs
+the memory of activations only. The traced model has every weight as a graph input; `Traced.weights` says which tensor
+of which component goes there, and how it is turned first. Nothing that depends on a weight's value is in the model.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+from onnx import numpy_helper
+from torch import Tensor, nn
+
+from export.graphs.graph import Graph, Signature
+from export.onnx import OPSET, TRACE_SEED, exporter_fixes, quiet, set_shape, shorten_names
+from videolavit.config import ModelConfig
+from videolavit.inventory import inventory, module_of
+from videolavit.models.components import build
+
+
+@dataclass(frozen=True)
+class Weight:
+    """Where the values of a graph input come from.
+
+    Attributes:
+        component, tensor: name in the checkpoint.
+        shape: in the checkpoint.
+        turns: ("transpose", permutation) or ("unsqueeze", axes), in the order of application.
+    """
+
+    component: str
+    tensor: str
+    shape: tuple[int, ...]
+    turns: tuple[tuple[str, tuple[int, ...]], ...] = ()
+
+    def turned(self, array: np.ndarray) -> np.ndarray:
+        """The checkpoint's array in the form that the graph takes; a view where it can be."""
+        for kind, axes in self.turns:
+            array = array.transpose(axes) if kind == "transpose" else np.expand_dims(array, axes)
+        return array
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A model without weights. `weights` is keyed by graph input, `signature` has the inputs that remain."""
+
+    model: onnx.ModelProto
+    signature: Signature
+    weights: dict[str, Weight] = field(default_factory=dict)
+
+    def by_component(self) -> dict[str, dict[str, list[str]]]:
+        """Component -> tensor -> graph inputs made from it."""
+        result: dict[str, dict[str, list[str]]] = {}
+        for name, weight in self.weights.items():
+            result.setdefault(weight.component, {}).setdefault(weight.tensor, []).append(name)
+        return result
+
+
+def trace_hollow(config: ModelConfig, graph: Graph) -> Traced:
+    """Trace `graph` at its example sizes on a model of `config`."""
+    signature = graph.signature(config)
+    components = _hollow_components(config, graph.components)
+    module = graph.build(config, *components.values()).eval()
+    owners = {
+        id(tensor): Weight(component, name, tuple(tensor.shape))
+        for component, owner in components.items()
+        for name, tensor in owner.state_dict(keep_vars=True).items()
+    }
+    sources = {name: owners[id(tensor)] for name, tensor in module.state_dict(keep_vars=True).items()}
+    example = signature.example(graph.example, TRACE_SEED)
+    with tempfile.TemporaryDirectory(prefix="videolavit-export-") as folder, quiet(), exporter_fixes():
+        path = Path(folder) / "model.onnx"
+        torch.onnx.export(
+            module,
+            tuple(torch.from_numpy(example[name]) for name in signature.inputs),
+            str(path),
+            input_names=list(signature.inputs),
+            output_names=list(signature.outputs),
+            dynamic_axes=signature.dynamic_axes(),
+            opset_version=OPSET,
+            dynamo=False,
+            export_params=False,
+            do_constant_folding=False,  # it would fold weights
+        )
+        model = onnx.load(path)
+    for value in model.graph.output:
+        set_shape(value, signature.outputs[value.name])
+    shorten_names(model.graph)
+    names = [value.name for value in model.graph.input if value.name not in signature.inputs]
+    return fold_turns(Traced(model, signature, {name: sources[name] for name in names}))
+
+
+def fold_turns(traced: Traced) -> Traced:
+    """`traced` with transpositions and inserted axes of weights moved from the graph into `Weight.turns`."""
+    model = onnx.ModelProto()
+    model.CopyFrom(traced.model)
+    graph = model.graph
+    constants = {node.output[0]: node for node in graph.node if node.op_type == "Constant"}
+    weights, folded = dict(traced.weights), set()
+    for node in graph.node:
+        turn = _turn(node, constants) if node.input and node.input[0] in weights else None
+        if turn is not None:
+            source = weights[node.input[0]]
+            weights[node.output[0]] = replace(source, turns=(*source.turns, turn))
+            folded.add(node.output[0])
+    nodes = [node for node in graph.node if not (node.output and node.output[0] in folded)]
+    used = {name for node in nodes for name in node.input} | {value.name for value in graph.output}
+    weights = {name: weight for name, weight in weights.items() if name in used}
+    kept = [value for value in graph.input if value.name in weights or value.name in traced.signature.inputs]
+    known = {value.name for value in kept}
+    kept += [_declaration(name, weight) for name, weight in weights.items() if name not in known]
+    del graph.node[:], graph.input[:]
+    graph.node.extend(node for node in nodes if node.op_type != "Constant" or node.output[0] in used)
+    graph.input.extend(kept)
+    return Traced(model, traced.signature, weights)
+
+
+def _turn(node: onnx.NodeProto, constants: Mapping[str, onnx.NodeProto]) -> tuple[str, tuple[int, ...]] | None:
+    """What a node does to its first input, if it is a known turn."""
+    if node.op_type == "Transpose":
+        return "transpose", tuple(next(a.ints for a in node.attribute if a.name == "perm"))
+    if node.op_type == "Unsqueeze" and node.input[1] in constants:
+        axes = numpy_helper.to_array(constants[node.input[1]].attribute[0].t)
+        return "unsqueeze", tuple(int(axis) for axis in axes)
+    return None
+
+
+def _declaration(name: str, weight: Weight) -> onnx.ValueInfoProto:
+    shape = weight.turned(np.broadcast_to(np.float32(0), weight.shape)).shape
+    return onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
+
+
+def _hollow_components(config: ModelConfig, names: tuple[str, ...]) -> dict[str, nn.Module]:
+    """Components without weights. Their values all differ, or the exporter would take equal ones for one parameter."""
+    from accelerate import init_empty_weights  # type: ignore[import-untyped]
+
+    numbers = _numbers()
+    components = {}
+    for name in names:
+        with init_empty_weights(include_buffers=False):
+            module = build(config, module_of(name))
+        state = {key: next(numbers).expand(shape) for key, shape in inventory(config, name).items()}
+        module.load_state_dict(state, assign=True)
+        components[name] = module.eval().requires_grad_(False)
+    return components
+
+
+def _numbers() -> Iterator[Tensor]:
+    count = 1
+    while True:
+        yield torch.full((), 1e-4 * count)
+        count += 1

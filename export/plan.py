@@ -1,0 +1,112 @@
+"""What an export will cost, before anything starts.
+
+Contract: `plan_components` counts what each component's engines will weigh and what memory and time it takes to make
+them; `check_fits` refuses what this machine has no room for. Sizes of files are within a few per cent; memory and
+time are estimates from the figures below, measured on two cores.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from export.graphs.registry import LANGUAGE_MODEL
+from export.settings import ExportSettings
+from runtime.errors import EnvironmentProblem
+from videolavit.config import ModelConfig
+from videolavit.inventory import inventory, module_of
+
+BYTES = {"fp32": 2.0, "fp16": 2.0, "bf16": 2.0, "int8": 1.07, "int4": 0.57}  # a weight on disk; checkpoints are in half
+PROCESS = 900 * 2**20  # torch, the exporter and ONNX Runtime, bytes
+TRACING = 6.0  # seconds an engine takes whatever its size
+READING = 60e6  # parameters written per second
+COMPARING = 25e6  # parameters compared per second
+BUILDING = 4  # bytes TensorRT's builder needs for a byte of weights
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What a component contributes.
+
+    Attributes:
+        parameters: elements of its tensors.
+        engines: those made from it.
+        precisions: of these engines, in the same order.
+        bytes: of their files.
+        memory: most resident bytes while they are made.
+        seconds: to make them.
+    """
+
+    component: str
+    parameters: int
+    engines: tuple[str, ...]
+    precisions: tuple[str, ...]
+    bytes: int
+    memory: int
+    seconds: float
+
+
+def plan_components(
+    config: ModelConfig, engines: Mapping[str, tuple[str, ...]], settings: ExportSettings, compare: bool = True
+) -> list[Planned]:
+    """Component name -> engines made from it, as a plan; components without engines are left out."""
+    return [_planned(config, component, names, settings, compare) for component, names in engines.items() if names]
+
+
+def check_fits(plan: Sequence[Planned], target: Path) -> None:
+    """Raise EnvironmentProblem when disk or memory will not do for `plan`."""
+    disk = sum(part.bytes for part in plan)
+    free = shutil.disk_usage(target.parent if target.parent.is_dir() else Path.cwd()).free
+    if disk > free:
+        raise EnvironmentProblem(f"{target}: needs {_gib(disk)}, {_gib(free)} are free; choose another place")
+    largest = max(plan, key=lambda part: part.memory)
+    memory = available_memory()
+    if largest.memory > memory:
+        raise EnvironmentProblem(
+            f"component {largest.component}: its export takes about {_gib(largest.memory)} of memory, "
+            f"{_gib(memory)} are free; add --no-compare, which needs less, or use another machine"
+        )
+
+
+def available_memory() -> int:
+    """Bytes that this machine can give to a process without swapping."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _planned(
+    config: ModelConfig, component: str, names: tuple[str, ...], settings: ExportSettings, compare: bool
+) -> Planned:
+    shapes = inventory(config, component)
+    sizes = [math.prod(shape) for shape in shapes.values()]
+    parameters = sum(sizes)
+    chosen = [settings.for_engine(name) for name in names]
+    files, seconds, memory = 0, 0.0, 0
+    for name, own in zip(names, chosen, strict=True):
+        used = parameters
+        if module_of(component) == LANGUAGE_MODEL and module_of(name) != LANGUAGE_MODEL:
+            used = shapes["model.embed_tokens.weight"][0] * shapes["model.embed_tokens.weight"][1]
+        size = int(used * BYTES[own.precision])
+        files += size
+        need = 3 * 4 * max(sizes) + 2 * used  # one tensor in several forms, the checkpoint's mapped file
+        if compare:
+            need = max(need, 6 * parameters, 4 * used + size)  # torch in float32 and what is read of the file
+        if own.backend != "onnx":
+            need = max(need, BUILDING * size)
+        memory = max(memory, PROCESS + need)
+        seconds += TRACING + used / READING + (used / COMPARING if compare else 0)
+    precisions = tuple(own.precision for own in chosen)
+    return Planned(component, parameters, names, precisions, files, memory, seconds)
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB"
