@@ -14,6 +14,11 @@ At first a fixed share of the patches is kept, because an untrained predictor te
 for the first steps tokens are not quantised, so that k-means starts the codebook from encodings that mean something.
 Doubt costs nothing at first and more and more while the temperature falls, or the first guess would stay for ever.
 
+A small model trained for minutes learns no decisions that way: a dropped token weighs as much as exp of its attention
+score in the merger's gradient, which swamps everything else, and the predictor ends at the same probability everywhere
+or at nothing kept. `guide` is the way out: decisions are then learned from the pictures alone, by cross-entropy to
+"keep the patches unlike the rest" (`unlike_the_rest`), and the objective above trains all but the predictor.
+
 Contract: `vit_proj` of the tokenizer, the heads of the key-frame decoder that feed the UNet, and the eye keep their
 weights. Kept tokens carry no place into the decoder, only their order (§7).
 """
@@ -46,6 +51,10 @@ class VisualTokenizerOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_u
             this while the temperature falls.
         commitment: weight of the squared distance of encodings to their codes.
         crowding: weight of the penalty on tokens of one picture that say the same.
+        guide: weight of the cross-entropy of decisions to the patches unlike the rest; they then learn from nothing
+            else but `doubt`, `rho` and `rate` are not read, and `fixed_share_steps` are those in which exactly these
+            patches are kept. 0: the objective above.
+        contrast: how unlike the rest a patch is to be kept by the guide, a share of full brightness.
         hot, cold: temperature of the Gumbel-softmax before and after cooling; decisions are hard, gradients are as
             soft as it says.
         cooling_steps: steps over which the temperature falls, from the end of `fixed_share_steps` on.
@@ -61,6 +70,8 @@ class VisualTokenizerOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_u
     doubt: NotNegative = 0.2
     commitment: NotNegative = 0.25
     crowding: NotNegative = 0.3
+    guide: NotNegative = 0.0
+    contrast: Positive = 0.07
     hot: Positive = 2.0
     cold: Positive = 0.5
     cooling_steps: CountOrNone = 1000
@@ -90,12 +101,22 @@ class VisualTokenizerModule(nn.Module):
             head.requires_grad_(False)
 
     def forward(self, batch: dict[str, Any], generator: torch.Generator, step: int) -> dict[str, Tensor]:
-        """batch: features [B, N, W] -> losses and figures; in eval mode what comes back (`as_in_use`)."""
+        """batch: features [B, N, W] and, with a guide, unlike [B, N] -> losses and figures.
+
+        In eval mode what comes back (`as_in_use`).
+        """
         features, options = batch["features"], self.options
         if not self.training:
             return self.as_in_use(features, generator)
         logits = self._logits(features)  # [B, N, 2]
-        keep = self._decide(logits, generator, step)  # [B, N]
+        if options.guide:
+            wanted = (batch["unlike"] > options.contrast).to(logits.dtype)  # [B, N]
+            keep = self._decide(logits, generator, step).detach()
+            keep = at_least_one(wanted, batch["unlike"]) if step < options.fixed_share_steps else keep
+            guide = F.nll_loss(logits.flatten(0, 1), 1 - wanted.flatten().long())
+        else:
+            keep = self._decide(logits, generator, step)  # [B, N]
+            guide = logits.new_zeros(())
         rebuilt, coded, crowded = self.rebuild(features, keep, generator, quantise=step >= options.plain_steps)
         loss = 1 - F.cosine_similarity(rebuilt, features, dim=-1).mean()
         p = logits[..., 0].exp()  # [B, N]
@@ -104,13 +125,15 @@ class VisualTokenizerModule(nn.Module):
         rate = (options.rho - share).square().mean()
         doubt = (4 * p * (1 - p)).mean()
         cooled = self._cooled(step)
-        total = loss + options.rate * rate + options.doubt * cooled * doubt
+        total = loss + options.doubt * cooled * doubt
+        total = total + (options.guide * guide if options.guide else options.rate * rate)
         total = total + options.commitment * coded.commitment + options.crowding * crowded
         kept = keep.detach().mean(1)
         return {
             "loss": total,
             "distance": loss,
             "rate": rate,
+            "guide": guide,
             "doubt": doubt,
             "commitment": coded.commitment,
             "crowding": crowded,
@@ -202,6 +225,19 @@ def at_least_one(keep: Tensor, margin: Tensor) -> Tensor:
     return torch.where(keep.sum(1, keepdim=True) > 0, keep, best)
 
 
+def unlike_the_rest(pictures: Tensor, patch: int) -> Tensor:
+    """How unlike the other patches each patch is: pictures [B, S, S, 3] uint8 -> [B, N] in 0..1.
+
+    A patch is the mean and the deviation of its colours; the figure is its mean distance to the quarter of the
+    picture's patches that are nearest to it. Ground, plain or textured, has many like it; what stands on it has few.
+    """
+    cells = (pictures.float() / 255).unfold(1, patch, patch).unfold(2, patch, patch).flatten(1, 2).flatten(3)
+    kinds = torch.cat([cells.mean(-1), cells.std(-1)], -1)  # [B, N, 6]
+    distances = torch.cdist(kinds, kinds)  # [B, N, N], 0 to itself
+    nearest = max(1, kinds.shape[1] // 4)
+    return distances.topk(nearest + 1, dim=-1, largest=False).values[..., 1:].mean(-1)
+
+
 class VisualTokenizerStage(Stage):
     """Trains the visual tokenizer but for its eye and `vit_proj`, and the key-frame decoder but for its heads."""
 
@@ -219,6 +255,7 @@ class VisualTokenizerStage(Stage):
             # Codes have unit length: this brings their channels to unit size, and attention to them learns faster.
             nn.init.normal_(decoder.in_proj.weight)
         self.eye = tokenizer.encoder.to(context.device)  # without gradients, as it comes
+        self.patch = context.checkpoint.config.visual_tokenizer.eva.patch_size
         self.module = VisualTokenizerModule(tokenizer, decoder, options)
         self._held_out: tuple[Reader, dict[str, Any]] | None = None
 
@@ -226,7 +263,10 @@ class VisualTokenizerStage(Stage):
         return pictures(self.context, labelled=False)
 
     def prepare(self, batch: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:
-        return {"features": self._features(normalise(batch["picture"]))}
+        features = {"features": self._features(normalise(batch["picture"]))}
+        if not self.options.guide:
+            return features
+        return features | {"unlike": unlike_the_rest(batch["picture"], self.patch)}
 
     def after_step(self, step: int) -> None:
         generator = torch.Generator().manual_seed(self.context.seed * 1_000_003 + step)
