@@ -29,6 +29,7 @@ from videolavit.training.stages.visual_tokenizer import (
     VisualTokenizerOptions,
     VisualTokenizerStage,
     at_least_one,
+    unlike_the_rest,
 )
 
 
@@ -337,6 +338,27 @@ def test_a_fixed_share_is_kept_at_first() -> None:
     stage = tokenizer(rho=0.25, fixed_share_steps=3)
     rows = steps(stage, optimiser(stage), range(3))
     assert all(row["kept"] == 0.25 and row["kept_spread"] == 0 for row in rows)
+
+
+def test_patches_unlike_the_rest_are_those_with_a_shape_on_them() -> None:
+    pictures = torch.full((2, 32, 32, 3), 60, dtype=torch.uint8)
+    pictures[0, 8:16, 16:24] = torch.tensor([250, 20, 20], dtype=torch.uint8)  # patch (1, 2) of a 4 x 4 grid
+    pictures[1, :, ::2] = 90  # stripes alone: every patch is like every other
+    score = unlike_the_rest(pictures, 8)
+    assert score.shape == (2, 16)
+    assert score[0].argmax() == 6 and score[0, 6] > 0.3
+    assert score[0, torch.arange(16) != 6].max() < 1e-3 and score[1].max() < 1e-3
+
+
+def test_a_guide_teaches_which_patches_to_keep() -> None:
+    stage = tokenizer(guide=1.0, fixed_share_steps=0, doubt=0.0)
+    rows = steps(stage, optimiser(stage), range(60), fixed=True)
+    assert np.mean([row["guide"] for row in rows[-5:]]) < 0.5 * np.mean([row["guide"] for row in rows[:5]])
+    batch = stage.prepare(batch_of(stage, 0), generator())
+    stage.module.eval()
+    chances = stage.module(batch, generator(), 0)["chances"]
+    wanted = batch["unlike"] > stage.options.contrast  # type: ignore[attr-defined]
+    assert chances[wanted].mean() > chances[~wanted].mean() + 0.2
 
 
 def test_decisions_are_exact_whatever_the_gradient() -> None:
