@@ -1,9 +1,10 @@
 """The token generation loop.
 
-Contract: `generate` yields one `Step` per token; the language model is prefilled once and then fed one position
-per step. With guidance, conditional and unconditional rows go through one forward of 2B rows (reference semantics
-§10.4). Prompts are embeddings, so pictures and text look the same here; the start marker of a phase is appended
-by `generate`. A row that has finished is fed the pad id, as in the reference, and its tokens read pad.
+Contract: `generate` yields one `Step` per token; the language model reads what its cache does not hold yet and is
+then fed one position per step. With guidance, conditional and unconditional rows go through one forward of 2B rows
+(reference semantics §10.4). Prompts are embeddings, so pictures and text look the same here; the start marker of a
+phase is appended by `generate`. A row that has finished is fed the pad id, as in the reference, and its tokens read
+pad.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from runtime import sampling
+from runtime.context import Context
 from runtime.errors import UsageError
 from runtime.noise import Noise
 from runtime.vocabulary import EOS, Vocabulary
@@ -118,6 +120,8 @@ def generate(
     noise: Noise | None = None,
     unconditional: Sequence[np.ndarray] | None = None,
     stop: Callable[[np.ndarray], bool] | None = None,
+    context: Context | None = None,
+    reserve: int = 0,
 ) -> Iterator[Step]:
     """Write tokens after `prompts` until every row has finished or the budget is spent.
 
@@ -129,6 +133,8 @@ def generate(
         unconditional: ids [L_i] per row for the unconditional rows, complete with start marker (quirk 11). None
             means the start marker alone. Not read when guidance is 1.
         stop: told a row's generated ids [t]; True ends the row.
+        context: what earlier calls left in the engine's cache; None starts with an empty one.
+        reserve: positions a new cache is made for, where the prompts and the new tokens need fewer.
 
     Raises UsageError when a prompt does not fit, or options contradict each other.
     """
@@ -138,10 +144,10 @@ def generate(
     process = _processors(allowed, phase, options)
     sample = _sampler(options, noise)
 
-    contexts = _with_start(embed, prompts, phase)
+    sequences = _with_start(embed, prompts, phase)
     if options.guidance != 1:
-        contexts += _unconditional(embed, rows, phase, unconditional)
-    longest = max(len(context) for context in contexts)
+        sequences += _unconditional(embed, rows, phase, unconditional)
+    longest = max(len(sequence) for sequence in sequences)
     # The last token is chosen from the position before it and never fed back.
     room = max_positions - longest + 1
     if room < (1 if options.exact is None else budget):
@@ -152,8 +158,10 @@ def generate(
     budget = min(budget, room)
 
     began = time.perf_counter()
-    engine.start(len(contexts), min(longest + budget, max_positions))
-    logits = engine.forward(*_right_padded(contexts))  # [R, V], R = B or 2B
+    context = Context() if context is None else context
+    needed = min(longest + budget, max_positions)
+    capacity = max(needed, min(reserve, max_positions))
+    logits = context.read(engine, sequences, needed, capacity)  # [R, V], R = B or 2B
     generated = np.zeros((rows, 0), dtype=np.int64)
     finished = np.zeros(rows, dtype=bool)
     for count in range(1, budget + 1):
@@ -172,8 +180,8 @@ def generate(
         if finished.all() or count == budget:
             return
         began = time.perf_counter()
-        embeds = np.tile(embed(tokens[:, None]), (len(contexts) // rows, 1, 1))  # [R, 1, D]
-        logits = engine.forward(embeds, np.ones(len(contexts), dtype=np.int64))
+        embeds = np.tile(embed(tokens[:, None]), (len(sequences) // rows, 1, 1))  # [R, 1, D]
+        logits = context.append(engine, embeds)
 
 
 def collect(steps: Iterable[Step]) -> np.ndarray:
@@ -226,12 +234,3 @@ def _unconditional(embed: Embed, rows: int, phase: Phase, given: Sequence[np.nda
     if len(given) != rows:
         raise UsageError(f"{len(given)} unconditional contexts for {rows} prompts; give one for each")
     return [embed(np.asarray(ids, dtype=np.int64)[None])[0] for ids in given]
-
-
-def _right_padded(contexts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Rows [L_i, D] as one batch: embeddings [R, L, D] float32 with zeros at the end, counts [R] int64."""
-    counts = np.array([len(context) for context in contexts], dtype=np.int64)
-    batch = np.zeros((len(contexts), counts.max(), contexts[0].shape[-1]), dtype=np.float32)
-    for padded, context in zip(batch, contexts, strict=True):
-        padded[: len(context)] = context
-    return batch, counts

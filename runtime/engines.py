@@ -56,8 +56,15 @@ class LanguageModelEngine(Protocol):
     def forward(self, embeds: np.ndarray, counts: np.ndarray) -> np.ndarray:
         """Append positions to the cache and return logits [B, V] float32 at each row's last real one.
 
-        embeds [B, S, D] float32 is right-padded, counts [B] int gives the real positions per row. The first call after
-        `start` takes any S and counts; later calls take S = 1, or one row without padding. Raises UsageError otherwise.
+        embeds [B, S, D] float32 is right-padded, counts [B] int gives the real positions per row. While the cache is
+        empty any S and counts are taken; after that S = 1, or one row without padding. Raises UsageError otherwise.
+        """
+        ...
+
+    def rewind(self, lengths: np.ndarray) -> None:
+        """Forget all but the first `lengths` [B] positions of the rows; the next ones follow there. Costs no time.
+
+        Raises UsageError for more positions than a row has.
         """
         ...
 
@@ -71,7 +78,7 @@ class EngineOptions:
     """How engines run.
 
     Attributes:
-        provider: device of ONNX Runtime engines, `cpu` or `cuda`.
+        provider: device of ONNX Runtime engines: `cpu`, `cuda`, or `auto` for `cuda` where it works and else `cpu`.
         threads: compute threads of an engine; None takes every processor this process may use.
     """
 

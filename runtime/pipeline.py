@@ -2,7 +2,8 @@
 
 Contract: a `Pipeline` turns a request (`runtime.requests`) and a `Noise` into a result, the same one the torch
 reference gives for the same request and noise. Generation is an iterator: a clip is yielded when it is ready.
-Engines load when a stage first needs them; `seconds` and `peak_rss` tell what a run cost.
+Engines load when a stage first needs them; `seconds`, `reached` and `peak_rss` tell what a run cost. The language
+model goes on from what it read last: from phase to phase, clip to clip, question to question and sample to sample.
 
 Where it departs from the reference (numbers: reference semantics §14): motion is written as exactly the number of
 codes the geometry asks for; quirks 4, 5, 6, 7, 9, 16 and 19 are fixed.
@@ -10,7 +11,9 @@ codes the geometry asks for; quirks 4, 5, 6, 7, 9, 16 and 19 are fixed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import copy
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Literal
@@ -19,6 +22,7 @@ import numpy as np
 
 from runtime import prompts
 from runtime.bundle import Bundle
+from runtime.context import Context
 from runtime.decoder import DecodingOptions, Phase, generate, image_phase, motion_phase, strip_pad, text_phase
 from runtime.detokenizers import KeyframeDetokenizer, KeyframeSettings, Reinjection, VideoDetokenizer, VideoSettings
 from runtime.engines import EngineSet, peak_rss
@@ -44,6 +48,7 @@ from runtime.tokenizers import TextTokenizer
 
 GENERATE = "generate"
 UNDERSTAND = "understanding"
+QUESTION_ROOM = 128  # positions left free for questions longer than the first about the same media
 
 
 class Pipeline:
@@ -82,6 +87,7 @@ class Pipeline:
         self._observer = observer
         self._watch = Stopwatch()
         self._engines = EngineSet(bundle, memory_budget=memory_budget, threads=threads, provider=provider)
+        self._context: Context | None = Context()  # None reads every sequence from its beginning
         self._text = TextTokenizer(bundle.file(bundle.manifest.tokenizer))
         self._keyframes = KeyframeDetokenizer(self._engines, self.manifest, observer, self._watch)
         self._videos = VideoDetokenizer(self._engines, self.manifest, observer, self._watch)
@@ -104,6 +110,11 @@ class Pipeline:
         return dict(self._watch.seconds)
 
     @property
+    def reached(self) -> dict[str, float]:
+        """Seconds from the beginning of the last task to its `first token` and, of a video, its `first frame`."""
+        return dict(self._watch.reached)
+
+    @property
     def peak_rss(self) -> int:
         """Largest resident memory of this process so far, bytes."""
         return peak_rss()
@@ -112,6 +123,7 @@ class Pipeline:
 
     def generate_image(self, request: ImageRequest, noise: Noise) -> ImageResult:
         """Text, a picture, or both -> one picture (reference semantics §12.1, §12.6)."""
+        self._watch.begin()
         settings = resolve(request, self._geometry, self._defaults)
         sequence = self._prompt_ids(settings.prompt)
         if settings.image is not None:
@@ -128,20 +140,22 @@ class Pipeline:
 
         Every clip has all its frames; of later clips the first frame repeats the previous clip's last one.
         """
+        self._watch.begin()
         settings = resolve(request, self._geometry, self._defaults)
         size = settings.size
         sequence = self._prompt_ids(settings.prompt)
         self._check_room(len(sequence), settings.clips)
+        reserve = self._positions(len(sequence), settings)
         last_frame: np.ndarray | None = None
         for index in range(settings.clips):
             picture_given = index == 0 and settings.image is not None
             if picture_given:
                 image_ids = self._picture_ids(settings.image, noise)[1:]
             else:
-                image_ids = self._write_image(sequence, settings, noise)
+                image_ids = self._write_image(sequence, settings, noise, reserve)
             # A control id in the user's own words is lost here too, as in the reference (quirk 10).
             sequence = strip_pad([*sequence, self._vocabulary.image_start, *image_ids])
-            motion_codes = self._write_motion(sequence, settings, noise)
+            motion_codes = self._write_motion(sequence, settings, noise, reserve)
             motion_span = self._vocabulary.motion_span(motion_codes)
             sequence = [*sequence, *motion_span]
             if picture_given:
@@ -159,6 +173,7 @@ class Pipeline:
             )[0]
             latents, frames = self._videos.decode(keyframe, motion, self._video_settings(settings, size), noise)
             last_frame = frames[-1]
+            self._watch.reach("first frame")
             yield ClipResult(
                 index=index,
                 image_ids=tuple(image_ids),
@@ -189,14 +204,34 @@ class Pipeline:
 
     def answer(self, request: AnswerRequest, noise: Noise) -> AnswerResult:
         """A question about a picture, a video, or nothing -> text (§13)."""
+        self._watch.begin()
         settings = resolve(request, self._geometry, self._defaults)
+        return self._answer(settings, self._media_embeds(settings, noise), noise)
+
+    def answers(
+        self, request: AnswerRequest, questions: Iterable[str], noise: Noise
+    ) -> Iterator[tuple[str, AnswerResult]]:
+        """Each of `questions` with its answer, given when it is asked: the one `answer` would give it by itself.
+
+        Pictures and motion of `request` are tokenised and read once; its own question is not asked. `noise` is left
+        as it is.
+        """
+        media: np.ndarray | None = None
+        for question in questions:
+            self._watch.begin()
+            settings = resolve(replace(request, question=question), self._geometry, self._defaults)
+            if media is None:
+                noise = copy.deepcopy(noise)
+                media = self._media_embeds(settings, noise)
+            yield question, self._answer(settings, media, copy.deepcopy(noise))
+
+    def _answer(self, settings: Resolved, media: np.ndarray, noise: Noise) -> AnswerResult:
+        """One answer about `media` [n, D], empty when there is none."""
         kind: Literal["image", "video"] | None = None
         if settings.pictures:
             kind = "image" if settings.motions is None else "video"
         before, after = prompts.question_ids(self._text, settings.question, kind)
-        parts = [self._embed([before], UNDERSTAND)[0]]
-        if kind is not None:
-            parts.append(self._media_embeds(settings, noise))
+        parts = [self._embed([before], UNDERSTAND)[0], media]
         if after:
             parts.append(self._embed([after], UNDERSTAND)[0])
         options = DecodingOptions(
@@ -210,9 +245,9 @@ class Pipeline:
         )
         with self._watch.stage("answer"):
             phase = text_phase(self._vocabulary)
-            ids = list(
-                self._tokens(np.concatenate(parts), phase, options, noise, "answer", UNDERSTAND, stop=self._answered)
-            )
+            context = np.concatenate(parts)
+            reserve = len(context) + options.max_new + QUESTION_ROOM
+            ids = list(self._tokens(context, phase, options, noise, "answer", UNDERSTAND, self._answered, reserve))
         return AnswerResult(ids=tuple(ids), text=prompts.answer_text(self._text.decode(ids)))
 
     # --- language model --------------------------------------------------------------------------------------
@@ -235,7 +270,9 @@ class Pipeline:
         return self._vocabulary.image_span(tokens.codes)
 
     def _media_embeds(self, settings: Resolved, noise: Noise) -> np.ndarray:
-        """Pictures and motion of a question as embeddings [n, D] (§13.2)."""
+        """Pictures and motion of a question as embeddings [n, D] (§13.2); n is 0 when there are none."""
+        if not settings.pictures:
+            return np.zeros((0, self.manifest.language_model.hidden_size), np.float32)
         with self._watch.stage("visual tokens"):
             pictures = VisualTokenizer(self._engines, self._geometry, UNDERSTAND).encode(settings.pictures, noise)
         vocabulary = self._vocabulary
@@ -251,7 +288,7 @@ class Pipeline:
                 parts.append(self._embed([vocabulary.motion_span(motion_codes[index])], UNDERSTAND)[0])
         return np.concatenate(parts)
 
-    def _write_image(self, sequence: list[int], settings: Resolved, noise: Noise) -> list[int]:
+    def _write_image(self, sequence: list[int], settings: Resolved, noise: Noise, reserve: int = 0) -> list[int]:
         """Image ids that follow `sequence`, up to and including image_end; every id 2 removed (quirk 10)."""
         phase = image_phase(self._vocabulary)
         most = settings.max_image_tokens
@@ -266,9 +303,9 @@ class Pipeline:
         )
         with self._watch.stage("image tokens"):
             context = self._embed([sequence])[0]
-            return strip_pad(self._tokens(context, phase, options, noise, "image tokens"))
+            return strip_pad(self._tokens(context, phase, options, noise, "image tokens", reserve=reserve))
 
-    def _write_motion(self, sequence: list[int], settings: Resolved, noise: Noise) -> np.ndarray:
+    def _write_motion(self, sequence: list[int], settings: Resolved, noise: Noise, reserve: int) -> np.ndarray:
         """Motion codes [K] that follow `sequence`: exactly as many as the geometry asks for."""
         phase = motion_phase(self._vocabulary)
         count = self._geometry.motion_tokens
@@ -284,7 +321,7 @@ class Pipeline:
         )
         with self._watch.stage("motion tokens"):
             context = self._embed([sequence])[0]
-            ids = list(self._tokens(context, phase, options, noise, "motion tokens"))
+            ids = list(self._tokens(context, phase, options, noise, "motion tokens", reserve=reserve))
         return self._vocabulary.motion_codes_of(ids, count)
 
     def _tokens(
@@ -296,8 +333,12 @@ class Pipeline:
         stage: str,
         task: str = GENERATE,
         stop: Callable[[np.ndarray], bool] | None = None,
+        reserve: int = 0,
     ) -> Iterator[int]:
-        """Tokens that follow the embeddings `context` [L, D], one at a time; `stop` is told all ids so far."""
+        """Tokens that follow the embeddings `context` [L, D], one at a time.
+
+        `stop` is told all ids so far; `reserve` is how many positions the request may come to.
+        """
         steps = generate(
             self._engines.language_model(task),
             lambda ids: self._embed(ids, task),
@@ -307,8 +348,11 @@ class Pipeline:
             max_positions=self.manifest.language_model.max_positions,
             noise=noise,
             stop=stop,
+            context=self._context,
+            reserve=reserve,
         )
         for count, step in enumerate(steps, 1):
+            self._watch.reach("first token")
             self._observer(Progress(stage, count, options.exact))
             yield int(step.tokens[0])
 
@@ -325,6 +369,16 @@ class Pipeline:
                 f"PROMPT of {prompt} tokens with --clips {clips}: does not fit the language model's {positions} "
                 f"positions; shorten it or ask for at most {most} clips"
             )
+
+    def _positions(self, prompt: int, settings: Resolved) -> int:
+        """Positions that all clips after `prompt` text tokens come to: the cache is made for them at once.
+
+        A picture has at most a token a patch, its markers and a few stray control ids. Where the model writes on and
+        on, a later clip finds the cache too small and has everything read again into a larger one.
+        """
+        most, strays = settings.max_image_tokens, 8
+        clip = min(most, self._geometry.patches + strays) + self._geometry.motion_tokens + 4
+        return prompt + (settings.clips - 1) * clip + max(most + 1, clip)
 
     # --- settings --------------------------------------------------------------------------------------------
 

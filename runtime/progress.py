@@ -28,10 +28,22 @@ def ignore(progress: Progress) -> None:
 
 
 class Stopwatch:
-    """Seconds spent per stage, added up over repeats."""
+    """Seconds spent per stage, added up over repeats; and of a run, when what a person waits for was there.
+
+    Attributes: `seconds` per stage, `reached` from `begin` to the first time of each event.
+    """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self.begin()
+
+    def begin(self) -> None:
+        """A run starts now."""
+        self._began = time.perf_counter()
+        self.reached: dict[str, float] = {}
+
+    def reach(self, event: str) -> None:
+        self.reached.setdefault(event, time.perf_counter() - self._began)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+
+os.environ["VIDEOLAVIT_CACHE"] = "off"  # tests leave nothing in the user's folders
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shlex
@@ -182,6 +183,18 @@ def test_ask_answers_on_stdout_alone(run, picture: Path) -> None:
         assert "untrained" in done.err
     events = run("ask", picture, "what moves?", "--max-answer-tokens", "4", "--json").events
     assert events[-1]["question"] == "what moves?"
+
+
+def test_ask_answers_every_question_about_one_file(run, picture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    short = ["--max-answer-tokens", "4", "--json", "--seed", "1", "--sample"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("what moves?\n"))
+    done = run("ask", picture, "what moves?", "where?", "--chat", *short)
+    assert done.code == 0, done.err
+    results = [event for event in done.events if event["event"] == "result"]
+    assert [result["question"] for result in results] == ["what moves?", "where?", "what moves?"]
+    alone = [run("ask", picture, question, *short).events[-1] for question in ("what moves?", "where?")]
+    assert [result["answer"] for result in results] == [alone[0]["answer"], alone[1]["answer"], alone[0]["answer"]]
+    assert all(result["first_token_seconds"] > 0 for result in results)
 
 
 def test_inspect_shows_the_bundle(run) -> None:

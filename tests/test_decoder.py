@@ -9,6 +9,7 @@ import pytest
 from golden import Golden, assert_close, load
 from torch_engines import TorchLanguageModel, golden_llama
 
+from runtime.context import Context
 from runtime.decoder import (
     DecodingOptions,
     Step,
@@ -64,7 +65,7 @@ def prompts_of(case: str) -> list[np.ndarray]:
     return [row[keep == 1][:-1] for row, keep in zip(ids, mask, strict=True)]
 
 
-def run(model: RecordingModel, case: str, **changes: object) -> list[Step]:
+def run(model: RecordingModel, case: str, context: Context | None = None, **changes: object) -> list[Step]:
     golden = golden_case("j_llm_generation")
     call = golden.meta["calls"][case]["generate_kwargs"]
     settings: dict[str, object] = {
@@ -83,6 +84,7 @@ def run(model: RecordingModel, case: str, **changes: object) -> list[Step]:
             DecodingOptions(**(settings | changes)),  # type: ignore[arg-type]
             max_positions=golden.meta["config"]["max_position_embeddings"],
             unconditional=list(golden.inputs["uncond_input_ids"]) if case.endswith("uncond") else None,
+            context=context,
         )
     )
 
@@ -133,6 +135,16 @@ def test_one_forward_a_token_with_both_branches(model: RecordingModel) -> None:
     steps = run(model, "img_text")
     assert model.fed == [(4, 8)] + [(4, 1)] * (len(steps) - 1)
     assert all(step.elapsed > 0 for step in steps)
+
+
+def test_phases_that_share_a_cache_equal_the_reference(model: RecordingModel) -> None:
+    outputs, context = golden_case("j_llm_generation").outputs, Context()
+    first = []  # what the first forward of every phase was fed
+    for case in ("img_text", "img_text", "mot_chain", "img_tok_uncond", "mot_chain", "mot_noguid"):
+        first.append(len(model.fed))
+        tokens = collect(run(model, case, context))
+        np.testing.assert_array_equal(tokens, outputs[f"{case}/sequences"][:, -tokens.shape[1] :])
+    assert [model.fed[at] for at in first[:2]] == [(4, 8), (4, 1)]  # the same again: one position, for its logits
 
 
 def test_finished_rows_read_pad(model: RecordingModel) -> None:

@@ -1,28 +1,30 @@
-"""Engine residency, the ONNX Runtime backend's checks and errors, and lossless float16 storage."""
+"""Engine residency, and the ONNX Runtime backend's checks and errors."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
-import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from export.graphs.language_model import build_language_model
-from export.precision import store_losslessly_as_float16
 from runtime.backends.onnxruntime import (
     _IDENTITY,
     OnnxRuntimeEngine,
     OnnxRuntimeLanguageModel,
+    choose_provider,
     cuda_problem,
     open_session,
 )
 from runtime.bundle import MANIFEST, Bundle, EngineEntry, FileEntry, Manifest, TensorEntry, describe_file
+from runtime.commands.options import open_pipeline
 from runtime.engines import EngineOptions, EngineSet, peak_rss
 from runtime.errors import BundleError, EnvironmentProblem, UsageError
 from runtime.geometry import Geometry
@@ -249,8 +251,24 @@ def test_model_to_try_a_provider_on_loads() -> None:
 
 def test_unknown_provider_is_a_usage_error(tmp_path: Path) -> None:
     onnx.save(scaling_model(2.0), tmp_path / "a.onnx")
-    with pytest.raises(UsageError, match="provider 'tpu': not known; choose from cpu, cuda"):
+    with pytest.raises(UsageError, match="provider 'tpu': not known; choose from cpu, cuda, auto"):
         OnnxRuntimeEngine(tmp_path / "a.onnx", EngineOptions(provider="tpu"))
+
+
+def test_auto_runs_on_the_cpu_where_cuda_does_not_work_and_says_so(tmp_path: Path) -> None:
+    if cuda_problem() is None:
+        pytest.skip("CUDA works here")
+    onnx.save(scaling_model(2.0), tmp_path / "a.onnx")
+    assert choose_provider("auto") == "cpu"
+    assert factor_of(OnnxRuntimeEngine(tmp_path / "a.onnx", EngineOptions(provider="auto", threads=1))) == 2.0
+    noted: list[str] = []
+    report: Any = SimpleNamespace(note=noted.append, progress=None)
+    shipped = str(ROOT / "engines" / "shapes")
+    open_pipeline(report, bundle=shipped, memory_budget=None, threads=1, provider="auto").close()
+    assert "ONNX Runtime runs on cpu (provider cuda:" in noted[-1]
+    noted.clear()
+    open_pipeline(report, bundle=shipped, memory_budget=None, threads=1, provider="cpu").close()
+    assert not any("runs on" in note for note in noted)
 
 
 def test_silent_fallback_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -285,96 +303,3 @@ except EnvironmentProblem as error:
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert 'pip install "videolavit[cpu]"' in done.stdout
-
-
-# Storage
-
-
-def run(model: onnx.ModelProto, **inputs: np.ndarray) -> list[np.ndarray]:
-    return onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, inputs)
-
-
-class Branching(torch.nn.Module):
-    """Half of the weights fit float16 exactly; a few values of the others do not."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.exact = torch.nn.Conv2d(3, 16, 3)
-        self.inexact = torch.nn.Linear(16, 64)
-        self.exact.half().float()
-        with torch.no_grad():
-            self.exact.weight.view(-1)[:4] = torch.tensor([0.0, -0.0, 6e-8, 65504.0])
-            self.inexact.weight.copy_(self.inexact.weight.half().float())
-            self.inexact.weight[0, 0] = 1e-9
-        self.exact.half().float()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.inexact(self.exact(x).mean((2, 3)))
-
-
-def test_float16_storage_changes_no_bit(tmp_path: Path) -> None:
-    module, x = Branching().eval(), torch.randn(2, 3, 8, 8)
-    path = tmp_path / "branching.onnx"
-    torch.onnx.export(module, (x,), path, input_names=["x"], output_names=["y"], dynamo=False, opset_version=18)
-    model = onnx.load(path)
-    stored = store_losslessly_as_float16(model)
-    kinds = {tuple(t.dims): t.data_type for t in stored.graph.initializer}
-    assert kinds[(16, 3, 3, 3)] == TensorProto.FLOAT16
-    assert TensorProto.FLOAT in (kinds.get((64, 16)), kinds.get((16, 64)))
-    assert kinds[(64,)] == TensorProto.FLOAT  # small
-    assert model.ByteSize() - stored.ByteSize() > 700
-    onnx.checker.check_model(stored)
-    np.testing.assert_array_equal(
-        run(stored, x=x.numpy())[0].view(np.uint32), run(model, x=x.numpy())[0].view(np.uint32)
-    )
-
-
-def test_float16_storage_keeps_what_it_cannot_halve() -> None:
-    for value in (1.0001, 1e6, 1e-9):
-        model = scaling_model(2.0)
-        model.graph.initializer.append(numpy_helper.from_array(np.full(300, value, np.float32), "w"))
-        assert store_losslessly_as_float16(model) == model
-    overridable = scaling_model(2.0)
-    overridable.graph.initializer.append(numpy_helper.from_array(np.ones(300, np.float32), "w"))
-    overridable.graph.input.append(helper.make_tensor_value_info("w", TensorProto.FLOAT, [300]))
-    assert store_losslessly_as_float16(overridable) == overridable
-
-
-def test_float16_storage_reaches_subgraphs_and_is_folded_at_load(tmp_path: Path) -> None:
-    weight = np.arange(512, dtype=np.float32) / 8
-    branches = {
-        name: helper.make_graph(
-            [helper.make_node(op, ["x", "w"], [name])],
-            name,
-            [],
-            [helper.make_tensor_value_info(name, TensorProto.FLOAT, [512])],
-        )
-        for name, op in (("sum", "Add"), ("product", "Mul"))
-    }
-    node = helper.make_node("If", ["add"], ["y"], then_branch=branches["sum"], else_branch=branches["product"])
-    graph = helper.make_graph(
-        [node],
-        "choice",
-        [
-            helper.make_tensor_value_info("add", TensorProto.BOOL, []),
-            helper.make_tensor_value_info("x", TensorProto.FLOAT, [512]),
-        ],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [512])],
-        [numpy_helper.from_array(weight, "w")],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
-    before = model.SerializeToString()
-    stored = store_losslessly_as_float16(model)
-    assert model.SerializeToString() == before
-    x = np.full(512, 3.0, np.float32)
-    np.testing.assert_array_equal(run(stored, x=x, add=np.array(True))[0], x + weight)
-    np.testing.assert_array_equal(run(stored, x=x, add=np.array(False))[0], x * weight)
-
-    settings = onnxruntime.SessionOptions()
-    settings.optimized_model_filepath = str(tmp_path / "loaded.onnx")
-    settings.log_severity_level = 3
-    onnxruntime.InferenceSession(stored.SerializeToString(), settings, providers=["CPUExecutionProvider"])
-    loaded = onnx.load(tmp_path / "loaded.onnx").graph
-    assert [node.op_type for node in loaded.node] == ["If"]
-    assert {tensor.data_type for tensor in loaded.initializer} == {TensorProto.FLOAT}

@@ -163,6 +163,7 @@ def pipeline_with(engines: Recorder, monkeypatch: pytest.MonkeyPatch, layout: La
     pipeline.manifest, pipeline._geometry, pipeline._vocabulary = manifest, CONFIG.geometry, V
     pipeline._defaults, pipeline._observer, pipeline._watch = CONFIG.defaults, ignore, Stopwatch()
     pipeline._engines, pipeline._text = engines, layout.text
+    pipeline._context = None  # every context is read as a whole
     return pipeline
 
 

@@ -14,6 +14,8 @@ import torch
 import transformers
 from golden import Golden
 
+from export.fidelity.backends import TorchLanguageModel as CachelessLanguageModel
+
 
 class TorchEngine:
     """`fn` (keyword tensors -> dict of tensors) as an engine; inputs arrive with the dtype they were given in."""
@@ -34,42 +36,27 @@ class TorchEngine:
         self.held = {}
 
 
-class TorchLanguageModel:
-    """A transformers LlamaForCausalLM as a language model engine."""
+class TorchLanguageModel(CachelessLanguageModel):
+    """One that embeds ids too and keeps to the capacity it was started with."""
 
     def __init__(self, llama: Any) -> None:
+        super().__init__(llama)
         self.llama = llama
-        self.rows: list[np.ndarray] = []  # [L_i, D] each
-        self.lengths = np.zeros(0, np.int32)
         self.capacity = 0
 
     def start(self, rows: int, capacity: int) -> None:
-        self.rows = [np.zeros((0, self.llama.config.hidden_size), np.float32) for _ in range(rows)]
-        self.lengths = np.zeros(rows, np.int32)
+        super().start(rows, capacity)
         self.capacity = capacity
 
-    @torch.inference_mode()
     def forward(self, embeds: np.ndarray, counts: np.ndarray) -> np.ndarray:
-        self.rows = [
-            np.concatenate([row, new[:count]]) for row, new, count in zip(self.rows, embeds, counts, strict=True)
-        ]
-        self.lengths = np.array([len(row) for row in self.rows], np.int32)
+        logits = super().forward(embeds, counts)
         if self.lengths.max() > self.capacity:
             raise RuntimeError(f"{self.lengths.max()} positions, but the cache was started for {self.capacity}")
-        batch = np.zeros((len(self.rows), int(self.lengths.max()), embeds.shape[-1]), np.float32)  # [B, L, D]
-        for padded, row in zip(batch, self.rows, strict=True):
-            padded[: len(row)] = row
-        # Padding stands on the right, so the causal mask alone keeps it from every real position.
-        hidden = self.llama.model(inputs_embeds=torch.from_numpy(batch), use_cache=False).last_hidden_state
-        last = hidden[torch.arange(len(self.rows)), torch.from_numpy(self.lengths).long() - 1]  # [B, D]
-        return self.llama.lm_head(last).numpy()
+        return logits
 
     def embed(self, ids: np.ndarray) -> np.ndarray:
         """Token embeddings: ids [B, S] -> [B, S, D]."""
         return self.llama.model.embed_tokens.weight.detach().numpy()[ids]
-
-    def close(self) -> None:
-        self.rows = []
 
 
 def golden_llama(golden: Golden) -> Any:

@@ -15,12 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import torch
 from torch import nn
 
+from export.engine import write_engine
 from export.graphs.graph import Graph, Input, Shape, Signature, Sizes, run
 from export.graphs.registry import GRAPHS, LANGUAGE_MODEL
-from export.onnx import engine_model, torch_module, trace, write_model
+from export.onnx import torch_module, trace
+from export.settings import EngineSettings
 from runtime.backends.onnxruntime import OnnxRuntimeEngine, OnnxRuntimeLanguageModel
 from runtime.engines import Engine, EngineOptions, LanguageModelEngine
 from runtime.resize import bicubic
@@ -96,22 +99,24 @@ class OnnxEngines(Engines):
         self._options = EngineOptions()
 
     def engine(self, checkpoint: Checkpoint, name: str) -> Engine:
-        return self._loaded(engine_model(checkpoint, name), name)
+        return OnnxRuntimeEngine(self._written(checkpoint, name), self._options)
 
     def language_model(self, checkpoint: Checkpoint) -> LanguageModelEngine:
-        files = write_model(engine_model(checkpoint, LANGUAGE_MODEL), self._path(LANGUAGE_MODEL))
-        return OnnxRuntimeLanguageModel(files[0], self._options, checkpoint.config.language_model.max_positions)
+        limit = checkpoint.config.language_model.max_positions
+        return OnnxRuntimeLanguageModel(self._written(checkpoint, LANGUAGE_MODEL), self._options, limit)
 
     def part(self, module: nn.Module, inputs: Mapping[str, Shape | Input], outputs: Mapping[str, Shape]) -> Engine:
         signature = _signature(inputs, outputs)
         graph = Graph((), lambda config: module, lambda config: signature, _example(signature), ())
-        return self._loaded(trace(module.eval(), graph, signature), type(module).__name__)
+        path = self._path(type(module).__name__)
+        onnx.save(trace(module.eval(), graph, signature), path)
+        return OnnxRuntimeEngine(path, self._options)
 
     def resize(self, motion: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         return bicubic(motion, size)
 
-    def _loaded(self, model: Any, name: str) -> Engine:
-        return OnnxRuntimeEngine(write_model(model, self._path(name))[0], self._options)
+    def _written(self, checkpoint: Checkpoint, name: str) -> Path:
+        return write_engine(checkpoint, name, self._path(name), EngineSettings())[0]
 
     def _path(self, name: str) -> Path:
         return self._folder / f"{next(self._numbers)}-{name}.onnx"
@@ -160,6 +165,10 @@ class TorchLanguageModel:
         last = hidden[torch.arange(len(self._rows)), torch.from_numpy(self.lengths).long() - 1]  # [B, D]
         logits: np.ndarray = self._model.lm_head(last).numpy()
         return logits
+
+    def rewind(self, lengths: np.ndarray) -> None:
+        self._rows = [row[:length] for row, length in zip(self._rows, lengths, strict=True)]
+        self.lengths = np.array(lengths, np.int32)
 
     def close(self) -> None:
         self._rows = []

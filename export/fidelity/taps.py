@@ -88,6 +88,9 @@ class RecordedLanguageModel:
         self.logits.append(self._engine.forward(embeds, counts))
         return self.logits[-1]
 
+    def rewind(self, lengths: np.ndarray) -> None:
+        self._engine.rewind(lengths)
+
     def close(self) -> None:
         self._engine.close()
 

@@ -95,6 +95,17 @@ def check_forward(embeds: np.ndarray, counts: np.ndarray, lengths: np.ndarray, w
         )
 
 
+def check_rewind(lengths: np.ndarray, held: np.ndarray) -> np.ndarray:
+    """`lengths` [B] as int32, when a cache with `held` [B] positions can be shortened to them. Raises UsageError."""
+    wanted = np.array(lengths)
+    if wanted.dtype.kind not in "iu" or wanted.shape != held.shape or (wanted < 0).any() or (wanted > held).any():
+        raise UsageError(
+            f"language model: rows of {held.tolist()} positions cannot be shortened to {wanted.tolist()}; "
+            "give one integer a row, from 0 to what it has"
+        )
+    return wanted.astype(np.int32)
+
+
 def describe(shapes: Mapping[str, Shape]) -> str:
     """Shapes as a person reads them: `latents [2, 4, 16, 16], timestep [1]`."""
     return ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())

@@ -1,11 +1,12 @@
 """`videolavit ask`: questions about a video or a picture.
 
-Contract: the answer is the only thing on stdout. With `--chat` every line typed is a question about the same file.
+Contract: the answers are the only thing on stdout, one for each question in its order. With `--chat` every line of
+stdin is a question too. The file is read once; each question is answered as if it were the only one.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import click
@@ -18,8 +19,8 @@ from runtime.requests import AnswerRequest
 
 @click.command()
 @click.argument("media")
-@click.argument("question", required=False)
-@click.option("--chat", is_flag=True, help="Ask one question after another about the same file.")
+@click.argument("questions", nargs=-1, metavar="[QUESTION]...")
+@click.option("--chat", is_flag=True, help="Go on asking about the same file: every line typed is a question.")
 @click.option("--max-answer-tokens", type=int, help="Longest answer, in tokens.")
 @click.option("--max-clips", type=click.IntRange(1, 64), help="Look at this many clips of a video at most.")
 @click.option(
@@ -42,7 +43,7 @@ from runtime.requests import AnswerRequest
 @model_options
 def ask(
     media: str,
-    question: str | None,
+    questions: tuple[str, ...],
     chat: bool,
     max_answer_tokens: int | None,
     max_clips: int | None,
@@ -59,23 +60,20 @@ def ask(
     provider: str,
     **settings: Any,
 ) -> None:
-    """Ask QUESTION about MEDIA: a video, a picture, or a live stream such as rtsp://camera/1."""
-    if question is None and not chat:
+    """Ask QUESTION about MEDIA: a video, a picture, or a live stream such as rtsp://camera/1.
+
+    Several questions are answered one by one, each without the others in view; MEDIA is read once for all of them.
+    """
+    if not questions and not chat:
         raise UsageError('QUESTION is missing: ask something, for example "what moves?", or add --chat')
     if sample and greedy:
         raise UsageError("--sample and --greedy exclude each other; greedy is the default")
     seed = choose_seed(seed)
     with Report(as_json) as report:
+        from runtime.bundle import Bundle, find
         from runtime.media import load_media
         from runtime.motion.connection import shown
-
-        request = AnswerRequest(
-            question="-" if question is None else question,
-            max_answer_tokens=max_answer_tokens,
-            greedy=not sample,
-            **settings,
-        )
-        from runtime.bundle import Bundle, find
+        from runtime.noise import Noise
 
         # Reading the file first: a mistake in its name answers before a model is loaded.
         manifest = Bundle.open(find(bundle), check_hashes=False).manifest
@@ -83,32 +81,39 @@ def ask(
         seen = load_media(media, manifest.geometry, clips, source, fallback, sparse)
         if not seen.exact:
             report.note(f"{shown(media)}: motion is approximate ({'--sparse' if sparse else f'--source {source}'})")
-        request = replace(request, pictures=seen.pictures, motions=seen.motions)
+        request = AnswerRequest(
+            question="",
+            pictures=seen.pictures,
+            motions=seen.motions,
+            max_answer_tokens=max_answer_tokens,
+            greedy=not sample,
+            **settings,
+        )
         with open_pipeline(
             report, bundle=bundle, memory_budget=memory_budget, threads=threads, provider=provider
         ) as pipeline:
-            if question is not None:
-                _answer(report, pipeline, request, seed)
-            while chat:
-                try:
-                    line = click.prompt("", prompt_suffix="> ", err=True)
-                except click.Abort:  # end of input, or Ctrl-C at the prompt: the conversation is over
-                    break
-                _answer(report, pipeline, replace(request, question=line), seed)
+            before = 0.0
+            for question, result in pipeline.answers(request, _asked(questions, chat), Noise(seed)):
+                report.finish_stage("answer")
+                spent = sum(pipeline.seconds.values())
+                report.result(
+                    result.text,
+                    question=question,
+                    answer=result.text,
+                    tokens=len(result.ids),
+                    seed=seed,
+                    seconds=spent - before,
+                    first_token_seconds=pipeline.reached["first token"],
+                    peak_rss_bytes=pipeline.peak_rss,
+                )
+                before = spent
 
 
-def _answer(report: Report, pipeline: Any, request: AnswerRequest, seed: int) -> None:
-    from runtime.noise import Noise
-
-    before = sum(pipeline.seconds.values())
-    result = pipeline.answer(request, Noise(seed))
-    report.finish_stage("answer")
-    report.result(
-        result.text,
-        question=request.question,
-        answer=result.text,
-        tokens=len(result.ids),
-        seed=seed,
-        seconds=sum(pipeline.seconds.values()) - before,
-        peak_rss_bytes=pipeline.peak_rss,
-    )
+def _asked(questions: tuple[str, ...], chat: bool) -> Iterator[str]:
+    """The questions of the command line, and with `chat` those of stdin, each read when the one before is answered."""
+    yield from questions
+    while chat:
+        try:
+            yield click.prompt("", prompt_suffix="> ", err=True)
+        except click.Abort:  # end of input, or Ctrl-C at the prompt: the conversation is over
+            return

@@ -185,13 +185,15 @@ def _run(report: Report, pipeline: Any, job: Job, fps: int, force: bool) -> None
     clips = pipeline.generate_video(job.request, Noise(job.seed))
     write_video(job.output, _frames(clips), fps, metadata={recipe.KEY: recipe.encode(document)}, force=force)
     seconds = {name: value - before.get(name, 0.0) for name, value in pipeline.seconds.items()}
+    reached = pipeline.reached
     sidecar = recipe.write_sidecar(job.output, document, seconds, pipeline.peak_rss)
     settings: Resolved = job.request
     width, height = settings.size
     frames = pipeline.manifest.geometry.frames + (job.request.clips - 1) * (pipeline.manifest.geometry.frames - 1)
     report.result(
         f"{job.output}: {frames} frames, {width}x{height}, {fps} fps, seed {job.seed}, "
-        f"{sum(seconds.values()):.1f} s, peak memory {pipeline.peak_rss >> 20} MiB (recipe: {sidecar})",
+        f"{sum(seconds.values()):.1f} s (first frame after {reached['first frame']:.1f} s), "
+        f"peak memory {pipeline.peak_rss >> 20} MiB (recipe: {sidecar})",
         output=str(job.output),
         sidecar=str(sidecar),
         frames=frames,
@@ -200,6 +202,8 @@ def _run(report: Report, pipeline: Any, job: Job, fps: int, force: bool) -> None
         fps=fps,
         seed=job.seed,
         seconds=seconds,
+        first_token_seconds=reached["first token"],
+        first_frame_seconds=reached["first frame"],
         peak_rss_bytes=pipeline.peak_rss,
     )
 

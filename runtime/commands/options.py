@@ -52,10 +52,10 @@ def model_options(function: F) -> F:
     for option in (
         click.option(
             "--provider",
-            type=click.Choice(["cpu", "cuda"]),
+            type=click.Choice(["cpu", "cuda", "auto"]),
             default="cpu",
             show_default=True,
-            help="ONNX Runtime execution provider.",
+            help="Where ONNX Runtime computes; auto takes cuda where it works, else cpu, and says which.",
         ),
         click.option("--threads", type=click.IntRange(1, 1024), help="CPU threads. [default: all cores]"),
         click.option("--memory-budget", type=Bytes(), help="Keep at most this much of the engines loaded, e.g. 8G."),
@@ -100,7 +100,7 @@ def choose_seed(seed: int | None) -> int:
 def open_pipeline(
     report: Report, *, bundle: str | None, memory_budget: int | None, threads: int | None, provider: str
 ) -> Pipeline:
-    """Open the bundle; says so when its weights are untrained."""
+    """Open the bundle; says so when its weights are untrained, and what `auto` has chosen."""
     from runtime.bundle import Bundle, find
     from runtime.pipeline import Pipeline
 
@@ -110,4 +110,10 @@ def open_pipeline(
             f"bundle {opened.manifest.name!r} has random, untrained weights: it shows that everything runs, "
             "its pictures and words mean nothing"
         )
+    if provider == "auto" and any(engine.backend == "onnx" for engine in opened.manifest.engines.values()):
+        from runtime.backends.onnxruntime import cuda_problem
+
+        problem = cuda_problem()
+        provider = "cpu" if problem else "cuda"
+        report.note(f"ONNX Runtime runs on {provider}" + (f" ({problem})" if problem else ""))
     return Pipeline(opened, memory_budget=memory_budget, threads=threads, provider=provider, observer=report.progress)

@@ -181,5 +181,10 @@ class TorchLanguageModel:
         self.lengths = self._mask.sum(1).to(torch.int32).cpu().numpy()
         return self._model.lm_head(hidden[:, -1]).float().cpu().numpy()
 
+    def rewind(self, lengths: np.ndarray) -> None:
+        # What is forgotten stays in the cache, where no position sees it.
+        self._mask = self._mask * (self._mask.cumsum(1) <= torch.from_numpy(lengths).to(self._device)[:, None])
+        self.lengths = np.array(lengths, np.int32)
+
     def close(self) -> None:
         self._cache, self._mask = None, torch.zeros(0, 0, dtype=torch.long)
