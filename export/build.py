@@ -9,7 +9,6 @@ own weights for that task.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import math
 from collections.abc import Callable, Sequence
@@ -18,12 +17,14 @@ from pathlib import Path
 
 import msgspec
 
+from export.calibration import CALIBRATION, calibrated_with
 from export.engine import Built, build_apart, build_engine
 from export.graphs.registry import ENGINES, LANGUAGE_MODEL, components_of
 from export.parity import check_engine, check_language_model
 from export.plan import Planned, plan_components
 from export.settings import TASKS, ExportSettings
 from export.stage import Stage, content_key
+from runtime.backends import tensorrt_library
 from runtime.bundle import FORMAT, Manifest, Parity, describe_file
 from runtime.engines import EngineSet
 from runtime.progress import Observer, Progress, ignore
@@ -98,16 +99,16 @@ def export_bundle(
     settings = settings or ExportSettings()
     names = engines_for(checkpoint, tasks)
     engines: dict[str, Built] = {}
-    digest = cache(lambda component: _component_digest(checkpoint, component))
+    digest = cache(checkpoint.component_digest)
     with Stage(target, replace=force) as stage:
         for name in names:
-            sources = sources_of(checkpoint, name)
+            sources, own = sources_of(checkpoint, name), settings.for_engine(name)
             checkpoint.release(*sources)
-            key = _key(checkpoint, name, settings, compare, {source: digest(source) for source in sources})
+            parts = (*sources, *calibrated_with(name, own))
+            key = _key(checkpoint, name, settings, compare, {part: digest(part) for part in parts})
             built = stage.finished(key)
             if built is None:
                 make = build_apart if _elements(checkpoint, sources) * 4 > APART else build_engine
-                own = settings.for_engine(name)
                 built = stage.build(key, lambda folder: make(checkpoint, name, folder, own, compare))  # noqa: B023
             engines[key] = built
             observer(Progress("export", len(engines), len(names)))
@@ -129,17 +130,11 @@ def verify_engines(engines: EngineSet, checkpoint: Checkpoint, report: Callable[
 def _key(checkpoint: Checkpoint, name: str, settings: ExportSettings, compare: bool, digests: dict[str, str]) -> str:
     """Key of everything the files of an engine depend on."""
     versions = {library: importlib.metadata.version(library) for library in LIBRARIES}
+    own = settings.for_engine(name)
+    if own.backend != "onnx":  # asked first, so that a missing library is said before anything is written
+        versions[own.backend] = tensorrt_library.version(own.backend)
     config = msgspec.to_builtins(checkpoint.config)
-    return content_key([VERSION, versions, name, digests, config, settings.for_engine(name), compare])
-
-
-def _component_digest(checkpoint: Checkpoint, component: str) -> str:
-    """SHA-256 over names and values of a component's weights."""
-    digest = hashlib.sha256()
-    for name, tensor in checkpoint.weights.tensors(component):
-        digest.update(f"{name} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.contiguous().numpy().data)
-    return digest.hexdigest()
+    return content_key([VERSION, versions, name, digests, config, own, compare, CALIBRATION])
 
 
 def _elements(checkpoint: Checkpoint, components: Sequence[str]) -> int:

@@ -21,11 +21,13 @@ from onnx import TensorProto
 
 from export import onnx as files
 from export import parity
-from export.graphs.registry import LANGUAGE_MODEL
+from export.calibration import calibrate
+from export.graphs.registry import GRAPHS, LANGUAGE_MODEL
 from export.hollow import trace_hollow
 from export.language_model.source import arrays
 from export.language_model.writing import write_language_model
 from export.narrow import narrow
+from export.quantised_unet import quantise_unet
 from export.settings import EngineSettings
 from export.stream import write_streamed
 from runtime.backends.onnxruntime import OnnxRuntimeEngine, OnnxRuntimeLanguageModel
@@ -69,7 +71,12 @@ def write_engine(checkpoint: Checkpoint, name: str, path: Path, settings: Engine
         stored = weights.stored(name) if isinstance(weights, StoredWeights) else weights.tensors(name)
         with writing(path):
             return write_language_model(config.language_model, config.vocabulary.size, arrays(stored), path, settings)
-    traced = trace_hollow(config, files.GRAPHS[name])
+    traced = trace_hollow(config, GRAPHS[name])
+    if settings.precision == "int8":
+        onnx_runtime = settings.backend == "onnx"
+        rest = traced if onnx_runtime else narrow(traced, TensorProto.FLOAT16)
+        quantised = quantise_unet(rest, calibrate(checkpoint, name, settings), onnx_runtime=onnx_runtime)
+        return write_streamed(quantised, checkpoint.weights, path)
     half = _HALF.get(settings.precision)
     if half is None:
         return write_streamed(traced, checkpoint.weights, path)
@@ -100,9 +107,11 @@ def build_engine(checkpoint: Checkpoint, name: str, folder: Path, settings: Engi
 
         plans = build_plans(name, path, folder, checkpoint.config, settings)
         planned = sum(plan.seconds for plan in plans)
-        for file in written:
-            file.unlink()
-        written, built_for = [plan.path for plan in plans], plans[0].built_for
+        if not settings.refittable:  # else the plans take their weights from the model when they are loaded
+            for file in written:
+                file.unlink()
+            written = []
+        written, built_for = [*(plan.path for plan in plans), *written], plans[0].built_for
     entry = EngineEntry(
         files=tuple(describe_file(folder, file) for file in written),
         inputs=inputs,
@@ -174,7 +183,7 @@ def _measure(checkpoint: Checkpoint, name: str, path: Path, settings: EngineSett
         found = parity.check_language_model(model, checkpoint, settings.precision)
         model.close()
         return _Measured(found, loaded - started, time.perf_counter() - loaded)
-    expected = parity.expected_outputs(name, checkpoint)
+    expected = parity.expected_outputs(name, checkpoint, settings.precision)
     checkpoint.release()
     compared = time.perf_counter()
     engine = OnnxRuntimeEngine(path, options)

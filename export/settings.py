@@ -29,6 +29,8 @@ Task = Literal["generate", "understand"]
 TASKS: tuple[Task, ...] = get_args(Task)
 # Their activations leave the range of float16 at official sizes, and bfloat16 costs visible levels of the picture.
 WIDE = ("keyframe_vae_encoder", "keyframe_vae_decoder", "video_vae_encoder")
+# Their activations are quantised too, in ranges measured while they denoise (`export.calibration`).
+UNETS = ("keyframe_unet", "video_unet")
 PROFILES = Path(__file__).resolve().parent.parent / "engines" / "profiles"
 _FLOATS: tuple[Precision, ...] = ("fp32", "fp16", "bf16")
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
@@ -148,7 +150,7 @@ def precisions(engine: str) -> tuple[Precision, ...]:
     """Precisions an engine can be built in."""
     if engine == LANGUAGE_MODEL:
         return (*_FLOATS, "int8", "int4")
-    return _FLOATS
+    return (*_FLOATS, "int8") if engine in UNETS else _FLOATS
 
 
 def default_precision(engine: str, wanted: Precision, backend: Backend) -> Precision:
