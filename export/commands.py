@@ -22,6 +22,7 @@ from runtime.commands.report import Report
 from runtime.errors import BundleError, UsageError
 
 if TYPE_CHECKING:
+    from export.end_to_end import Agreement, Bounds
     from export.plan import Planned
 
 MIB = 2**20
@@ -162,7 +163,7 @@ def verify(bundle: str, checkpoint: Path, engines_only: bool, as_json: bool) -> 
             f"{bundle}: was not made from the weights in {checkpoint}; export these or name their own checkpoint"
         )
     engine_table = _table("engine", "largest error", "allowed", "scale")
-    task_table = _table("task", "ids", "latents, relative", "pictures, levels", "PSNR dB")
+    task_table = _table("task", "ids", "the same", "latents, relative", "PSNR dB", "SSIM")
     results: dict[str, list[dict[str, Any]]] = {"engines": [], "tasks": []}
 
     def engine_agrees(name: str, parity: Parity) -> None:
@@ -173,19 +174,21 @@ def verify(bundle: str, checkpoint: Path, engines_only: bool, as_json: bool) -> 
         try:
             verify_engines(engines, source, engine_agrees)
             if not engines_only:
-                from export.end_to_end import compare
+                from export.end_to_end import BOUNDS, compare, precision_of
 
+                precision = precision_of(opened)
+                bounds = BOUNDS[precision]
+                _add_task(task_table, f"allowed in {precision}", "", bounds.share, bounds)
                 for agreement in compare(opened, source):
-                    task_table.add_row(
-                        agreement.task,
-                        str(agreement.tokens),
-                        f"{agreement.latent_error:.2g}",
-                        str(agreement.frame_error),
-                        f"{agreement.psnr:.1f}",
-                    )
+                    _add_task(task_table, agreement.task, str(agreement.tokens), agreement.share, agreement)
                     results["tasks"].append(asdict(agreement))
         finally:
             report.result(_text(engine_table, task_table), **results)
+
+
+def _add_task(table: Table, task: str, tokens: str, share: float, found: Agreement | Bounds) -> None:
+    similar = f"{found.latent_error:.2g}", f"{found.psnr:.1f}", f"{found.ssim:.4f}"
+    table.add_row(task, tokens, f"{share:.1%}", *similar)
 
 
 def _bounds(parity: Parity | None) -> tuple[str, str]:

@@ -7,10 +7,8 @@ of which component goes there, and how it is turned first. Nothing that depends 
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import numpy as np
 import onnx
@@ -19,7 +17,7 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 from export.graphs.graph import Graph, Signature
-from export.onnx import OPSET, TRACE_SEED, exporter_fixes, quiet, set_shape, shorten_names
+from export.onnx import trace
 from videolavit.config import ModelConfig
 from videolavit.inventory import inventory, module_of
 from videolavit.models.components import build
@@ -74,25 +72,7 @@ def trace_hollow(config: ModelConfig, graph: Graph) -> Traced:
         for name, tensor in owner.state_dict(keep_vars=True).items()
     }
     sources = {name: owners[id(tensor)] for name, tensor in module.state_dict(keep_vars=True).items()}
-    example = signature.example(graph.example, TRACE_SEED)
-    with tempfile.TemporaryDirectory(prefix="videolavit-export-") as folder, quiet(), exporter_fixes():
-        path = Path(folder) / "model.onnx"
-        torch.onnx.export(
-            module,
-            tuple(torch.from_numpy(example[name]) for name in signature.inputs),
-            str(path),
-            input_names=list(signature.inputs),
-            output_names=list(signature.outputs),
-            dynamic_axes=signature.dynamic_axes(),
-            opset_version=OPSET,
-            dynamo=False,
-            export_params=False,
-            do_constant_folding=False,  # it would fold weights
-        )
-        model = onnx.load(path)
-    for value in model.graph.output:
-        set_shape(value, signature.outputs[value.name])
-    shorten_names(model.graph)
+    model = trace(module, graph, signature, weights=False)
     names = [value.name for value in model.graph.input if value.name not in signature.inputs]
     return fold_turns(Traced(model, signature, {name: sources[name] for name in names}))
 

@@ -1,9 +1,7 @@
-"""Graph -> ONNX file.
+"""Torch module -> ONNX model.
 
-Contract: `trace` runs torch's TorchScript-based exporter (fast, and dynamic in every free dimension) on a module;
-`write_model` stores the result, weights in float16 where that is exact, in one file, or with the weights beside it
-when a single file would come near protobuf's limit of 2 GiB. A graph's inputs and outputs have exactly the
-names and dimensions of its signature.
+Contract: `trace` runs torch's TorchScript-based exporter (fast, and dynamic in every free dimension) on a module. The
+model's inputs and outputs have exactly the names and dimensions of the graph's signature.
 """
 
 from __future__ import annotations
@@ -22,9 +20,6 @@ from torch import nn
 from torch.onnx import symbolic_helper
 
 from export.graphs.graph import Graph, Shape, Signature
-from export.graphs.language_model import build_language_model
-from export.graphs.registry import GRAPHS, LANGUAGE_MODEL
-from export.precision import store_losslessly_as_float16
 from runtime.bundle import TensorEntry
 from runtime.errors import BundleError
 from videolavit.checkpoints import Checkpoint
@@ -43,24 +38,13 @@ DTYPES: dict[int, Any] = {
 }
 
 
-def engine_model(checkpoint: Checkpoint, name: str) -> onnx.ModelProto:
-    """The ONNX model of engine `name` with the checkpoint's weights in float32."""
-    config = checkpoint.config
-    if name == LANGUAGE_MODEL:
-        return build_language_model(config.language_model, config.vocabulary.size, _arrays(checkpoint, LANGUAGE_MODEL))
-    graph = GRAPHS[name]
-    if graph.write is not None:
-        return graph.write(config, _arrays(checkpoint, graph.components[0]))
-    return trace(torch_module(checkpoint, graph), graph, graph.signature(config))
-
-
 def torch_module(checkpoint: Checkpoint, graph: Graph) -> nn.Module:
     """The torch module of a graph with the checkpoint's weights, in eval mode."""
     return graph.build(checkpoint.config, *map(checkpoint.component, graph.components)).eval()
 
 
-def trace(module: nn.Module, graph: Graph, signature: Signature) -> onnx.ModelProto:
-    """Export `module` at the graph's example sizes."""
+def trace(module: nn.Module, graph: Graph, signature: Signature, *, weights: bool = True) -> onnx.ModelProto:
+    """Export `module` at the graph's example sizes, with its weights inside or as inputs of the model."""
     example = signature.example(graph.example, TRACE_SEED)
     arguments = tuple(torch.from_numpy(example[name]) for name in signature.inputs)
     with tempfile.TemporaryDirectory(prefix="videolavit-export-") as folder, quiet(), exporter_fixes():
@@ -74,28 +58,14 @@ def trace(module: nn.Module, graph: Graph, signature: Signature) -> onnx.ModelPr
             dynamic_axes=signature.dynamic_axes(),
             opset_version=OPSET,
             dynamo=False,
+            export_params=weights,
+            do_constant_folding=weights,  # of inputs it would fold what they happen to be
         )
         model = onnx.load(path)
     for value in model.graph.output:
         set_shape(value, signature.outputs[value.name])
     shorten_names(model.graph)
     return model
-
-
-def write_model(model: onnx.ModelProto, path: Path) -> list[Path]:
-    """Write and check `model`; returns the files, the model's own first."""
-    model = store_losslessly_as_float16(model)
-    files = [path]
-    if model.ByteSize() > SINGLE_FILE_LIMIT:
-        data = path.with_suffix(".onnx.data")
-        onnx.save_model(model, path, save_as_external_data=True, all_tensors_to_one_file=True, location=data.name)
-        files.append(data)
-    else:
-        onnx.save_model(model, path)
-    # ONNX Runtime's own operators are unknown to the checker; they are judged when the engine is loaded.
-    if all(onnx.defs.has(node.op_type, node.domain) for node in model.graph.node):
-        onnx.checker.check_model(path)
-    return files
 
 
 def tensor_entries(values: Any) -> tuple[TensorEntry, ...]:
@@ -108,10 +78,6 @@ def tensor_entries(values: Any) -> tuple[TensorEntry, ...]:
         shape = tuple(dim.dim_param or dim.dim_value for dim in tensor.shape.dim)
         entries.append(TensorEntry(name=value.name, dtype=DTYPES[tensor.elem_type], shape=shape))
     return tuple(entries)
-
-
-def _arrays(checkpoint: Checkpoint, component: str) -> dict[str, Any]:
-    return {name: tensor.numpy() for name, tensor in checkpoint.weights.tensors(component)}
 
 
 def set_shape(value: onnx.ValueInfoProto, shape: Shape) -> None:

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from export.graphs.registry import LANGUAGE_MODEL
-from export.settings import ExportSettings
+from export.settings import EngineSettings, ExportSettings
+from export.tensorrt_shapes import capacities
 from runtime.errors import EnvironmentProblem
 from videolavit.config import ModelConfig
 from videolavit.inventory import inventory, module_of
@@ -25,7 +26,7 @@ PROCESS = 900 * 2**20  # torch, the exporter and ONNX Runtime, bytes
 TRACING = 6.0  # seconds an engine takes whatever its size
 READING = 60e6  # parameters written per second
 COMPARING = 25e6  # parameters compared per second
-BUILDING = 4  # bytes TensorRT's builder needs for a byte of weights
+BUILDING = 4  # bytes TensorRT's builder needs for a byte of weights; 3 were seen for 4 GB
 
 
 @dataclass(frozen=True)
@@ -86,26 +87,38 @@ def available_memory() -> int:
 def _planned(
     config: ModelConfig, component: str, names: tuple[str, ...], settings: ExportSettings, compare: bool
 ) -> Planned:
-    shapes = inventory(config, component)
-    sizes = [math.prod(shape) for shape in shapes.values()]
+    sizes = [math.prod(shape) for shape in inventory(config, component).values()]
     parameters = sum(sizes)
     chosen = [settings.for_engine(name) for name in names]
     files, seconds, memory = 0, 0.0, 0
-    for name, own in zip(names, chosen, strict=True):
-        used = parameters
-        if module_of(component) == LANGUAGE_MODEL and module_of(name) != LANGUAGE_MODEL:
-            used = shapes["model.embed_tokens.weight"][0] * shapes["model.embed_tokens.weight"][1]
-        size = int(used * BYTES[own.precision])
-        files += size
-        need = 3 * 4 * max(sizes) + 2 * used  # one tensor in several forms, the checkpoint's mapped file
+    for name, own, used in zip(names, chosen, _shares(config, component, parameters, names), strict=True):
+        files += int(used * BYTES[own.precision]) * _plans(name, own, config)
+        seconds += TRACING + used / READING + (parameters / COMPARING if compare else 0)
+        # One of the parts may be nearly all of its component, but the embedding never is.
+        most = used if module_of(component) == LANGUAGE_MODEL else parameters
+        need = 3 * 4 * max(sizes) + 2 * parameters  # one tensor in several forms, the checkpoint's mapped file
         if compare:
-            need = max(need, 6 * parameters, 4 * used + size)  # torch in float32 and what is read of the file
+            need = max(need, 6 * parameters)  # torch in float32 and what is read of the file
         if own.backend != "onnx":
-            need = max(need, BUILDING * size)
+            need = max(need, int(BUILDING * BYTES[own.precision] * most))
         memory = max(memory, PROCESS + need)
-        seconds += TRACING + used / READING + (used / COMPARING if compare else 0)
     precisions = tuple(own.precision for own in chosen)
     return Planned(component, parameters, names, precisions, files, memory, seconds)
+
+
+def _shares(config: ModelConfig, component: str, parameters: int, names: tuple[str, ...]) -> list[int]:
+    """Parameters that are written for each engine: those of a component make its parts, hardly any is in two."""
+    if module_of(component) != LANGUAGE_MODEL:
+        return [parameters // len(names)] * len(names)
+    embedding = config.vocabulary.size * config.language_model.hidden_size
+    return [parameters - embedding if module_of(name) == LANGUAGE_MODEL else embedding for name in names]
+
+
+def _plans(name: str, settings: EngineSettings, config: ModelConfig) -> int:
+    """How many files have an engine's weights: a TensorRT plan has one length of cache where that cannot be free."""
+    if settings.backend == "onnx" or settings.attention == "plain" or module_of(name) != LANGUAGE_MODEL:
+        return 1
+    return len(capacities(config, settings.buckets))
 
 
 def _gib(size: int) -> str:

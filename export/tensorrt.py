@@ -7,6 +7,7 @@ Nothing is left under the plan's name unless it is whole.
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from runtime.backends import cuda, tensorrt_library
 from runtime.backends.tensorrt_plan import PLAN
 from runtime.bundle import BuiltFor
 from runtime.errors import EnvironmentProblem, UsageError
+from runtime.files import writing
 from videolavit.config import ModelConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,13 +49,11 @@ def build_plans(
     folder: Path,
     config: ModelConfig,
     settings: EngineSettings,
-    timing_cache: Path | None = None,
 ) -> list[BuiltPlan]:
     """Build the plans of `engine` from its ONNX file into `folder`; several when its cache has several fixed lengths.
 
     Args:
         engine: name in `export.graphs.registry`, also with a task before it, which only names the file.
-        timing_cache: file that full TensorRT keeps its measurements in; TensorRT-RTX measures nothing at build.
 
     Raises:
         EnvironmentProblem: the library or the GPU it needs is missing, or the machine's memory did not suffice.
@@ -61,32 +61,23 @@ def build_plans(
     """
     plain = engine.rpartition("/")[2]
     if plain != LANGUAGE_MODEL or settings.attention == "plain":
-        target = folder / f"{engine}{PLAN}"
-        return [build_plan(engine, model, target, profiles(plain, config, settings.buckets), settings, timing_cache)]
-    return [
-        build_plan(
-            engine,
-            model,
-            folder / f"{engine}.c{length}{PLAN}",
-            profiles(plain, config, settings.buckets, length),
-            settings,
-            timing_cache,
-        )
-        for length in capacities(config, settings.buckets)
-    ]
+        shapes = profiles(plain, config, settings.buckets)
+        return [build_plan(engine, model, folder / f"{engine}{PLAN}", shapes, settings)]
+    built = []
+    for length in capacities(config, settings.buckets):
+        shapes = profiles(plain, config, settings.buckets, length)
+        built.append(build_plan(engine, model, folder / f"{engine}.c{length}{PLAN}", shapes, settings))
+    return built
 
 
 def build_plan(
-    engine: str,
-    model: Path,
-    target: Path,
-    shapes: Sequence[Profile],
-    settings: EngineSettings,
-    timing_cache: Path | None = None,
+    engine: str, model: Path, target: Path, shapes: Sequence[Profile], settings: EngineSettings
 ) -> BuiltPlan:
     """Build one plan for the optimisation profiles `shapes`. Raises as `build_plans`."""
-    version = tensorrt_library.version(settings.backend)
-    targets = _compute_capabilities(engine, settings)
+    built_for = BuiltFor(
+        library=tensorrt_library.version(settings.backend),
+        compute_capabilities=_compute_capabilities(engine, settings),
+    )
     if settings.refittable:
         _need_gpu(engine)
     first, *rest = shapes
@@ -101,16 +92,23 @@ def build_plan(
         compute_capabilities=settings.compute_capabilities if settings.backend == "tensorrt-rtx" else (),
         without_weights=settings.refittable,
         tf32=settings.precision != "fp32",
-        timing_cache=str(timing_cache.resolve()) if timing_cache and settings.backend == "tensorrt" else None,
+        timing_cache=_timing_cache(built_for) if settings.backend == "tensorrt" else None,
     )
     target.parent.mkdir(parents=True, exist_ok=True)
     report = _run(engine, request)
-    if report.problem:
-        if report.missing_library:
-            raise EnvironmentProblem(f"engine {engine}: {report.problem}")
-        raise UsageError(f"engine {engine}: {version}: {report.problem}; build it with --backend onnx")
-    built_for = BuiltFor(library=version, compute_capability=",".join(targets) or None)
+    if report.problem is not None:
+        kind = UsageError if report.exit_code == UsageError.exit_code else EnvironmentProblem
+        raise kind(f"engine {engine}: {report.problem}")
     return BuiltPlan(target, built_for, report.layers, report.seconds, report.peak_rss)
+
+
+def _timing_cache(built_for: BuiltFor) -> str:
+    """File of the user's in which the library keeps what it measured on this GPU; TensorRT-RTX measures nothing."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "videolavit"
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    name = f"{built_for.library} {' '.join(built_for.compute_capabilities)}.timing".replace(" ", "-")
+    return str(folder.resolve() / name)
 
 
 def _compute_capabilities(engine: str, settings: EngineSettings) -> tuple[str, ...]:

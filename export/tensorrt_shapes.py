@@ -63,7 +63,7 @@ def profiles(engine: str, config: ModelConfig, buckets: Buckets, capacity: int |
     if engine == "video_vae_decoder":
         chunk = min(config.defaults.decode_chunk, config.geometry.frames)
         batch = {"N": Range(1, chunk, config.geometry.frames)}
-    elif engine.endswith("_vae_encoder") or engine.endswith("_vae_decoder"):
+    elif engine.endswith(("_vae_encoder", "_vae_decoder")):
         batch = {"B": Range(1, 1, buckets.rows)}
     return [batch | _picture(size, config) for size in dict.fromkeys(sizes)]
 

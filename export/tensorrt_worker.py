@@ -7,7 +7,6 @@ itself: external weights are read by the library. The plan appears under its nam
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 import time
@@ -20,7 +19,8 @@ from onnx import TensorProto, helper
 
 from runtime.backends import tensorrt_library
 from runtime.engines import peak_rss
-from runtime.errors import EnvironmentProblem
+from runtime.errors import EnvironmentProblem, UsageError, VideoLavitError
+from runtime.files import published, writing
 
 Shape = tuple[int, ...]
 Spans = tuple[Shape, Shape, Shape]  # smallest, best and largest
@@ -52,10 +52,10 @@ class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 
 
 class Report(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What came of it: `problem` is one line, or None when the plan is there."""
+    """What came of it: when the plan is not there, `problem` is the line of an error and `exit_code` its kind."""
 
     problem: str | None = None
-    missing_library: bool = False
+    exit_code: int = 0
     layers: int = 0
     seconds: float = 0.0
     peak_rss: int = 0
@@ -68,15 +68,16 @@ def main() -> None:
         os.dup2(2, 1)
         try:
             report = build(request)
-        except EnvironmentProblem as error:
-            report = Report(problem=str(error), missing_library=True)
+        except VideoLavitError as error:
+            report = Report(problem=str(error), exit_code=error.exit_code)
         answer.write(msgspec.json.encode(report))
 
 
 def build(request: Request) -> Report:
-    """Parse, build, write."""
+    """Parse, build, write. Raises UsageError for what TensorRT does not take, and EnvironmentProblem."""
     started = time.perf_counter()
     trt, log = tensorrt_library.library(request.backend), tensorrt_library.log(request.backend)
+    version = tensorrt_library.version(request.backend)
     builder = trt.Builder(log)
     # Types are as the graph says; the builder chooses none of its own.
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
@@ -84,15 +85,16 @@ def build(request: Request) -> Report:
     model = onnx.load(request.model, load_external_data=False)
     prepare(model, request.fixed)
     if not parser.parse(model.SerializeToString(), request.model):
-        return Report(problem=_parser_problem(parser))
+        raise UsageError(f"{version}: {_parser_problem(parser)}; build it with --backend onnx")
     del model
     config = builder.create_builder_config()
     cache = _configure(trt, builder, config, request)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        return Report(problem=f"cannot be built: {tensorrt_library.last_error(request.backend)}")
+        reason = tensorrt_library.last_error(request.backend)
+        raise UsageError(f"{version}: cannot build it: {reason}; build it with --backend onnx")
     _write(Path(request.target), plan)
-    if cache is not None and request.timing_cache:
+    if request.timing_cache:
         _write(Path(request.timing_cache), cache.serialize())
     seconds = time.perf_counter() - started
     return Report(layers=network.num_layers, seconds=seconds, peak_rss=peak_rss())
@@ -120,7 +122,7 @@ def prepare(model: onnx.ModelProto, fixed: dict[str, int]) -> None:
 
 
 def _configure(trt: Any, builder: Any, config: Any, request: Request) -> Any:
-    """Fill the builder's configuration; returns the timing cache in use, if any."""
+    """Fill the builder's configuration; returns the timing cache when one is asked for."""
     if request.workspace is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, request.workspace)
     if request.without_weights:
@@ -143,12 +145,16 @@ def _configure(trt: Any, builder: Any, config: Any, request: Request) -> Any:
         for name, ranges in shapes.items():
             profile.set_shape(name, *ranges)
         config.add_optimization_profile(profile)
-    if request.timing_cache is None:
-        return None
-    path = Path(request.timing_cache)
-    cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
-    config.set_timing_cache(cache, ignore_mismatch=True)
-    return cache
+    return _timing_cache(config, Path(request.timing_cache)) if request.timing_cache else None
+
+
+def _timing_cache(config: Any, path: Path) -> Any:
+    """The cache in a file, or an empty one when it is not there or does not fit this library and GPU; in use."""
+    for content in (path.read_bytes() if path.is_file() else b"", b""):
+        cache = config.create_timing_cache(content)
+        if cache is not None and config.set_timing_cache(cache, ignore_mismatch=False):
+            return cache
+    raise EnvironmentProblem("TensorRT refused an empty timing cache")
 
 
 def _parser_problem(parser: Any) -> str:
@@ -159,14 +165,8 @@ def _parser_problem(parser: Any) -> str:
 
 
 def _write(path: Path, content: Any) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("wb") as stream:
-            stream.write(content)
-        partial.rename(path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            partial.unlink()
+    with published(path) as staging, writing(path):
+        staging.write_bytes(content)
 
 
 if __name__ == "__main__":

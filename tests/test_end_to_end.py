@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from golden import assert_close
 
-from export.end_to_end import agreement, cases
+from export.end_to_end import BOUNDS, Agreement, Follower, cases, check, precision_of
+from export.engine import build_engine
+from export.settings import EngineSettings
 from runtime.bundle import Bundle
 from runtime.detokenizers import KeyframeDetokenizer, KeyframeSettings, Reinjection
 from runtime.engines import EngineSet
@@ -31,8 +36,8 @@ def checkpoint() -> Checkpoint:
 
 
 @pytest.fixture(scope="module")
-def reference(checkpoint: Checkpoint) -> Reference:
-    return Reference(checkpoint, checkpoint.config, TextTokenizer(SHIPPED.file(SHIPPED.manifest.tokenizer)))
+def reference(checkpoint: Checkpoint) -> Follower:
+    return Follower(checkpoint, TextTokenizer(SHIPPED.file(SHIPPED.manifest.tokenizer)))
 
 
 def test_shipped_bundle_is_made_from_this_checkpoint(checkpoint: Checkpoint) -> None:
@@ -42,15 +47,18 @@ def test_shipped_bundle_is_made_from_this_checkpoint(checkpoint: Checkpoint) -> 
 
 
 @pytest.mark.parametrize("task", CASES)
-def test_runtime_equals_torch(task: str, reference: Reference) -> None:
+def test_runtime_equals_torch(task: str, reference: Follower) -> None:
     with Pipeline(SHIPPED) as pipeline:
         ours = CASES[task].run(pipeline, Noise(3))
-    found = agreement(task, ours, CASES[task].run(reference, Noise(3)))
+    found = reference.agreement(CASES[task], ours, Noise(3))
+    check(found, BOUNDS["fp32"])
     assert found.tokens > 0 or "raw motion" in task
+    assert found.latent_error > 0 or "question" in task, "nothing was compared"
 
 
-def test_a_later_clip_starts_from_the_same_noised_frame(reference: Reference) -> None:
+def test_a_later_clip_starts_from_the_same_noised_frame(checkpoint: Checkpoint) -> None:
     """The stage that a long video adds, on one given frame, so that no rounding before it can tell the two apart."""
+    reference = Reference(checkpoint, checkpoint.config, TextTokenizer(SHIPPED.file(SHIPPED.manifest.tokenizer)))
     manifest = SHIPPED.manifest
     frame = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
     codes = np.arange(30)
@@ -72,12 +80,59 @@ def test_a_later_clip_starts_from_the_same_noised_frame(reference: Reference) ->
     assert np.abs(picture.astype(int) - expected.astype(int)).max() <= 1
 
 
-def test_a_wrong_result_is_noticed(reference: Reference) -> None:
+def test_a_wrong_result_is_noticed(reference: Follower) -> None:
+    case = CASES["text to image"]
     with Pipeline(SHIPPED) as pipeline:
-        ours = CASES["text to image"].run(pipeline, Noise(3))
-        other = CASES["text to image"].run(pipeline, Noise(4))
-    with pytest.raises(ParityError):
-        agreement("text to image", ours, other)
+        [other] = case.run(pipeline, Noise(4))
+    found = reference.agreement(case, [other], Noise(3))
+    assert found.share == 1, "the noise is of the pictures, the ids are the same"
+    for bounds in BOUNDS.values():
+        with pytest.raises(ParityError, match="latents"):
+            check(found, bounds)
+    ids = [*other.ids]
+    ids[2] = next(i for i in range(SHIPPED.manifest.vocabulary.first_visual, ids[2] + 2) if i != ids[2])
+    found = reference.agreement(case, [replace(other, ids=tuple(ids))], Noise(4))
+    assert 0 < found.share < 1, "torch goes on from the runtime's ids, and says which it would not have written"
+    with pytest.raises(ParityError, match="ids"):
+        check(found, BOUNDS["fp32"])
+
+
+@pytest.mark.parametrize(
+    "worse", [{"same": 0}, {"latent_error": 1.0}, {"latent_error": float("nan")}, {"psnr": 10.0}, {"ssim": 0.5}]
+)
+@pytest.mark.parametrize("precision", BOUNDS)
+def test_every_bound_is_kept(precision: str, worse: dict[str, float]) -> None:
+    good = Agreement("a task", tokens=100, same=100, psnr=60.0)
+    check(good, BOUNDS[precision])
+    with pytest.raises(ParityError, match="a task"):
+        check(replace(good, **worse), BOUNDS[precision])
+
+
+def test_a_bundle_of_lower_precision_is_held_to_its_bounds(
+    checkpoint: Checkpoint, reference: Follower, tmp_path: Path
+) -> None:
+    """A language model in int4 writes other ids than torch, a wrong one writes none of torch's."""
+    found = []
+    for model in (checkpoint, initialise("tiny", 1)):
+        bundle = with_language_model(model, tmp_path / str(len(found)))
+        assert precision_of(bundle) == "int4"
+        with Pipeline(bundle) as pipeline:
+            ours = CASES["text to image"].run(pipeline, Noise(3))
+        found.append(reference.agreement(CASES["text to image"], ours, Noise(3)))
+    right, wrong = found
+    check(right, BOUNDS["int4"])
+    assert right.share < 1
+    with pytest.raises(ParityError, match="ids"):
+        check(wrong, BOUNDS["int4"])
+
+
+def with_language_model(checkpoint: Checkpoint, folder: Path) -> Bundle:
+    """The shipped bundle with the language model of `checkpoint` in int4."""
+    shutil.copytree(SHIPPED.path, folder)
+    (folder / "language_model.onnx").unlink()
+    built = build_engine(checkpoint, "language_model", folder, EngineSettings(precision="int4"), compare=False)
+    engines = SHIPPED.manifest.engines | {"language_model": built.entry}
+    return Bundle(folder, msgspec.structs.replace(SHIPPED.manifest, engines=engines), "")
 
 
 def test_same_seed_same_clip_and_memory_budget_changes_nothing() -> None:

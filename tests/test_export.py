@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,12 @@ import torch
 from click.testing import CliRunner
 from torch import nn
 
-from export import build, parity
+from export import build, end_to_end, parity
 from export.commands import export, verify
 from export.engine import write_engine
 from export.graphs.graph import Graph, Input, Signature, integers, run
 from export.graphs.registry import ENGINES, GRAPHS, LANGUAGE_MODEL
-from export.onnx import torch_module, trace, write_model
+from export.onnx import torch_module, trace
 from export.settings import EngineSettings
 from runtime.backends.onnxruntime import OnnxRuntimeEngine
 from runtime.bundle import Bundle
@@ -101,6 +102,21 @@ def test_weights_are_stored_in_half_without_loss(tiny_bundle: Path) -> None:
         assert full <= 0.2 * sum(len(t.raw_data) for t in tensors), name
 
 
+def test_weights_that_half_does_not_hold_stay_as_they_are(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    class Finer:
+        def tensors(self, component: str) -> Iterator[tuple[str, torch.Tensor]]:
+            for name, tensor in checkpoint.weights.tensors(component):
+                yield name, tensor * 1.0001
+
+    finer = Checkpoint(checkpoint.config, tokenizer=b"", weights=Finer())
+    write_engine(finer, "motion_conditioner", tmp_path / "finer.onnx", EngineSettings())
+    stored = [onnx.numpy_helper.to_array(t) for t in onnx.load(tmp_path / "finer.onnx").graph.initializer]
+    assert not any(array.dtype == np.float16 for array in stored)
+    values = np.concatenate([array.ravel() for array in stored if array.dtype == np.float32])
+    expected = np.concatenate([t.numpy().ravel() for _, t in finer.weights.tensors("motion_encoder")])
+    assert np.isin(expected, values).all()
+
+
 def test_large_models_keep_their_weights_beside_them(
     checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -123,8 +139,8 @@ class Toy(nn.Module):
 def test_unflatten_stays_dynamic(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     signature = Signature({"x": Input(("B", 4, 6))}, {"y": ("B", 6, 4)})
     graph = Graph((), lambda config: Toy(), lambda config: signature, {"B": 2}, ())
-    files = write_model(trace(Toy(), graph, signature), tmp_path / "toy.onnx")
-    engine = OnnxRuntimeEngine(files[0], EngineOptions(threads=1))
+    onnx.save(trace(Toy(), graph, signature), tmp_path / "toy.onnx")
+    engine = OnnxRuntimeEngine(tmp_path / "toy.onnx", EngineOptions(threads=1))
     inputs = signature.example({"B": 5}, seed=0)
     np.testing.assert_array_equal(engine(**inputs)["y"], run(Toy(), inputs, signature)["y"])
     assert capfd.readouterr() == ("", ""), "the exporter's notes must not reach the user"
@@ -175,7 +191,7 @@ def test_a_failing_export_leaves_the_old_bundle(
         build.export_bundle(checkpoint, target)
     # What is traced has its outputs negated, what it is compared with has not.
     wrong = replace(graph, build=lambda *parts: Negated(graph.build(*parts)))
-    monkeypatch.setattr("export.onnx.GRAPHS", {"visual_encoder": wrong})
+    monkeypatch.setattr("export.engine.GRAPHS", {"visual_encoder": wrong})
     with pytest.raises(ParityError):
         build.export_bundle(checkpoint, target, force=True)
     assert Bundle.open(target).digest == before
@@ -201,10 +217,15 @@ def test_export_says_what_it_would_build(tiny_checkpoint: Path, tmp_path: Path) 
     assert {engine for part in parts for engine in part["engines"]} == set(ENGINES)
 
 
-def test_verify_shows_every_engine(tiny_bundle: Path, tiny_checkpoint: Path) -> None:
-    result = CliRunner().invoke(verify, [str(tiny_bundle), str(tiny_checkpoint), "--engines-only"])
+def test_verify_shows_every_engine_and_task(
+    tiny_bundle: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = [case for case in end_to_end.cases(Bundle.open(tiny_bundle)) if case.task == "text question"]
+    monkeypatch.setattr(end_to_end, "cases", lambda bundle: one)
+    result = CliRunner().invoke(verify, [str(tiny_bundle), str(tiny_checkpoint)])
     assert result.exit_code == 0, result.output
     assert all(name in result.stdout for name in ENGINES)
+    assert "allowed in fp32" in result.stdout and "text question" in result.stdout and "100.0%" in result.stdout
 
 
 def test_verify_wants_the_checkpoint_of_the_bundle(tiny_bundle: Path, tmp_path: Path) -> None:

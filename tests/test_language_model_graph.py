@@ -15,9 +15,8 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from export.graphs.language_model import build_language_model
-from export.graphs.token_embedding import build_token_embedding
 from export.language_model.attention import ATTENTION
-from runtime.backends.onnxruntime import OnnxRuntimeEngine, OnnxRuntimeLanguageModel
+from runtime.backends.onnxruntime import OnnxRuntimeLanguageModel
 from runtime.engines import EngineOptions
 from runtime.errors import CheckpointError, UsageError
 from videolavit.config import LanguageModelConfig
@@ -227,17 +226,6 @@ def test_nodes_say_which_module_they_come_from(flavour: str) -> None:
     names = [node.name for node in model.graph.node]
     assert len(set(names)) == len(names)
     assert {"layers.0.self_attn.qkv", "layers.1.mlp.gate_up", "norm", "lm_head"} <= set(names)
-
-
-def test_token_embedding_gathers_rows(tmp_path: Path) -> None:
-    shape = SHAPES[0]
-    table = weights_of(shape)["model.embed_tokens.weight"]
-    path = tmp_path / "token_embedding.onnx"
-    onnx.save(build_token_embedding(config_of(shape), VOCABULARY, weights_of(shape)), path)
-    ids = np.array([[0, 119, 5], [7, 7, 2]])
-    np.testing.assert_array_equal(OnnxRuntimeEngine(path, OPTIONS)(ids=ids)["embeds"], table[ids])
-    with pytest.raises(CheckpointError, match="embed_tokens"):
-        build_token_embedding(config_of(shape), VOCABULARY + 1, weights_of(shape))
 
 
 # Golden generation: the reference model's scores at the first two steps.

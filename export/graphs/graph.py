@@ -7,11 +7,10 @@ dimension is a number, or a name when it is free.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import onnx
 import torch
 from torch import nn
 
@@ -80,7 +79,6 @@ class Graph:
         signature: config -> Signature.
         example: sizes the graph is traced at.
         others: further sizes at which it must agree with torch.
-        write: (config, weights of the one component) -> ONNX model, for a graph that is written instead of traced.
     """
 
     components: tuple[str, ...]
@@ -88,7 +86,6 @@ class Graph:
     signature: Callable[[ModelConfig], Signature]
     example: Sizes
     others: tuple[Sizes, ...]
-    write: Callable[[ModelConfig, Mapping[str, np.ndarray]], onnx.ModelProto] | None = None
 
 
 def run(module: nn.Module, inputs: dict[str, np.ndarray], signature: Signature) -> dict[str, np.ndarray]:

@@ -6,16 +6,12 @@ whose graph is written by `export.graphs.language_model`. `ENGINES` is the order
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-import onnx
 from torch import nn
 
 from export.graphs import keyframe, motion, video, visual
 from export.graphs.graph import Graph, Input, Signature, integers
-from export.graphs.token_embedding import build_token_embedding
 from videolavit.config import ModelConfig
 
 LANGUAGE_MODEL = "language_model"
@@ -33,13 +29,7 @@ def _embedding_signature(config: ModelConfig) -> Signature:
     )
 
 
-def _write_embedding(config: ModelConfig, weights: Mapping[str, np.ndarray]) -> onnx.ModelProto:
-    return build_token_embedding(config.language_model, config.vocabulary.size, weights)
-
-
-_TOKEN_EMBEDDING = Graph(
-    (LANGUAGE_MODEL,), _embedding, _embedding_signature, {"B": 2, "S": 5}, ({"B": 1, "S": 1},), _write_embedding
-)
+_TOKEN_EMBEDDING = Graph((LANGUAGE_MODEL,), _embedding, _embedding_signature, {"B": 2, "S": 5}, ({"B": 1, "S": 1},))
 
 GRAPHS: dict[str, Graph] = {
     **visual.GRAPHS,
