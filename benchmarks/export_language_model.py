@@ -11,16 +11,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import shutil
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from usage import cpu_seconds, peak_kib
+from usage import measured, show
 
 from export.settings import EngineSettings
 from videolavit.config import PRESETS, LanguageModelConfig
@@ -125,39 +124,6 @@ def run(folder: Path, layers: int) -> dict[str, Any]:
         "s a token": (done - prefilled) / NEW_TOKENS,
         "logits std": float(logits.std()),
     }
-
-
-def measured(function: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
-    """Run in a fresh process: what it returns, its seconds, CPU seconds and peak resident memory."""
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_measure, args=(sender, function, arguments))
-    process.start()
-    sender.close()
-    try:
-        result: dict[str, Any] = receiver.recv()
-    except EOFError:
-        process.join()
-        raise SystemExit(f"{function.__name__} ended with status {process.exitcode}") from None
-    process.join()
-    return result
-
-
-def _measure(sender: Any, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    started = time.perf_counter()
-    result = function(*arguments) or {}
-    sender.send(
-        {
-            "s": time.perf_counter() - started,
-            "CPU s": cpu_seconds(),
-            "peak RSS GiB": peak_kib() * 1024 / GIB,
-            **result,
-        }
-    )
-
-
-def show(step: str, figures: dict[str, Any]) -> None:
-    print(f"{step:8}", *(f"{name} {value:.2f}" for name, value in figures.items()), sep="  ", flush=True)
 
 
 def main() -> None:

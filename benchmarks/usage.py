@@ -1,9 +1,16 @@
-"""What a process has used: CPU seconds and peak memory, children included. Standard library only."""
+"""What a process has used: CPU seconds and peak memory, children included; and steps in processes of their own.
+
+Standard library only.
+"""
 
 from __future__ import annotations
 
+import multiprocessing
 import resource
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 
 def cpu_seconds() -> float:
@@ -18,3 +25,36 @@ def peak_kib() -> int:
     status = Path("/proc/self/status").read_text().splitlines()
     own = next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
     return max(own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+
+
+def measured(function: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
+    """Run in a fresh process: what it returns, its seconds, CPU seconds and peak resident memory."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_measure, args=(sender, function, arguments))
+    process.start()
+    sender.close()
+    try:
+        result: dict[str, Any] = receiver.recv()
+    except EOFError:
+        process.join()
+        raise SystemExit(f"{function.__name__} ended with status {process.exitcode}") from None
+    process.join()
+    return result
+
+
+def _measure(sender: Any, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    started = time.perf_counter()
+    result = function(*arguments) or {}
+    sender.send(
+        {
+            "s": time.perf_counter() - started,
+            "CPU s": cpu_seconds(),
+            "peak RSS GiB": peak_kib() / (1 << 20),
+            **result,
+        }
+    )
+
+
+def show(step: str, figures: dict[str, Any]) -> None:
+    print(f"{step:8}", *(f"{name} {value:.2f}" for name, value in figures.items()), sep="  ", flush=True)

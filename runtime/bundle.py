@@ -54,10 +54,15 @@ class Parity(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
 
 class BuiltFor(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The machine a TensorRT plan was built for."""
+    """What a TensorRT plan runs with.
+
+    Attributes:
+        library: name and version, like "tensorrt-rtx 1.7.1.116"; no other version reads the plan.
+        compute_capabilities: of the GPUs it was built for, like "8.9"; empty for all that the library covers.
+    """
 
     library: str
-    compute_capability: str | None = None
+    compute_capabilities: tuple[str, ...] = ()
 
 
 class EngineEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

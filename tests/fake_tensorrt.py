@@ -14,7 +14,17 @@ from typing import Any
 
 import numpy as np
 
-DataType = Enum("DataType", "FLOAT HALF BF16 INT8 INT32 INT64 BOOL")
+
+class DataType(Enum):
+    """Name and size in bytes."""
+
+    FLOAT, HALF, BF16, INT32, INT64, BOOL = "float", "half", "bf16", "int32", "int64", "bool"
+
+    @property
+    def itemsize(self) -> int:
+        return {"float": 4, "half": 2, "bf16": 2, "int32": 4, "int64": 8, "bool": 1}[self.value]
+
+
 TensorIOMode = Enum("TensorIOMode", "NONE INPUT OUTPUT")
 NUMPY = {"FLOAT": np.float32, "HALF": np.float16, "INT32": np.int32, "INT64": np.int64}
 Shape = tuple[int, ...]
@@ -99,14 +109,15 @@ class FakeContext:
         self._shapes: dict[str, Shape] = {}
         self._addresses: dict[str, int] = {}
         self._scratch = (0, 0)
-        self.profile = 0
+        self.changes = 0  # what a graph recorded before a change does is undefined
 
     def set_optimization_profile_async(self, index: int, stream: int) -> bool:
-        self.profile = index
+        self.changes += 1
         self._device.events.append(f"profile {index}")
         return stream == self._device.stream
 
     def set_input_shape(self, name: str, shape: Shape) -> bool:
+        self.changes += 1
         self._shapes[name] = shape
         return True
 
@@ -120,6 +131,7 @@ class FakeContext:
         self._scratch = (address, size)
 
     def set_tensor_address(self, name: str, address: int) -> bool:
+        self.changes += 1
         self._addresses[name] = address
         return True
 
@@ -131,9 +143,10 @@ class FakeContext:
         assert size >= self._program.activations and address in self._device.memory
         shapes = self._shapes | self._program.output_shapes(self._shapes)
         types = {name: kind for name, (kind, _) in self._program.inputs.items()} | self._program.outputs
-        addresses = dict(self._addresses)
+        addresses, changes = dict(self._addresses), self.changes
 
         def act() -> None:
+            assert changes == self.changes, "the context of a recorded run was changed"
             self._program.compute(
                 {n: self._device.view(addresses[n], shapes[n], NUMPY[kind]) for n, kind in types.items()}
             )
@@ -151,7 +164,6 @@ class FakeEngine:
         self.program, self._device = program, device
         self._names = [*program.inputs, *program.outputs]
         self.num_io_tensors, self.num_optimization_profiles = len(self._names), len(program.profiles)
-        self.context: FakeContext | None = None
 
     def get_tensor_name(self, index: int) -> str:
         return self._names[index]
@@ -174,8 +186,7 @@ class FakeEngine:
 
     def create_execution_context(self, strategy: Any) -> FakeContext:
         assert strategy == "user managed"
-        self.context = FakeContext(self.program, self._device)
-        return self.context
+        return FakeContext(self.program, self._device)
 
 
 def fake_library(device: FakeDevice, programs: dict[str, Program], loaded: list[str]) -> types.SimpleNamespace:

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import signal
 import subprocess
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+from fake_tensorrt import FakeDevice
 from onnx import TensorProto, helper, numpy_helper
 
 import export.tensorrt as building
-from export.graphs.language_model import build_language_model
+from export.engine import write_engine
 from export.graphs.registry import ENGINES, LANGUAGE_MODEL
-from export.settings import Buckets, EngineSettings
+from export.settings import Buckets, EngineSettings, Flavour, Precision, profile_names, read_profile
 from export.tensorrt import build_plan, build_plans
 from export.tensorrt_shapes import Range, profiles
-from export.tensorrt_worker import prepare
+from export.tensorrt_worker import Report, Request, prepare
+from runtime.bundle import BuiltFor
 from runtime.errors import EnvironmentProblem, UsageError
+from videolavit.checkpoints import Checkpoint, RandomWeights
 from videolavit.config import PRESETS
 
 TINY, OFFICIAL = PRESETS["tiny"], PRESETS["video-lavit-7b"]
@@ -36,36 +40,33 @@ def test_every_engine_builds_for_the_gpus_asked_for(tiny_bundle: Path, tmp_path:
     assert built.path == tmp_path / f"{engine}.plan"
     assert built.path.stat().st_size > 100_000
     assert built.built_for.library.startswith("tensorrt-rtx 1.")
-    assert built.built_for.compute_capability == "8.6,8.9,12.0"
+    assert built.built_for.compute_capabilities == TARGETS
     assert [path.name for path in tmp_path.iterdir()] == [built.path.name]
-
-
-def language_model(flavour: str, path: Path) -> Path:
-    from videolavit.checkpoints import initialise
-
-    tensors = initialise("tiny", seed=0).weights.tensors(LANGUAGE_MODEL)
-    weights = {name: tensor.numpy() for name, tensor in tensors}
-    onnx.save(build_language_model(TINY.language_model, TINY.vocabulary.size, weights, flavour), path)
-    return path
 
 
 @needs_rtx
 @pytest.mark.parametrize(
-    ("flavour", "files"),
+    ("flavour", "precision", "layers", "files"),
     [
-        ("native", ["language_model.c64.plan", "language_model.c256.plan"]),
-        ("plain", ["language_model.plan"]),
+        ("native", "fp32", TINY.language_model.layers, ["language_model.c64.plan", "language_model.c256.plan"]),
+        ("native", "int4", 1, ["language_model.c64.plan"]),
+        ("plain", "fp16", 1, ["language_model.plan"]),
     ],
 )
-def test_the_language_model_builds_with_its_cache(tmp_path: Path, flavour: str, files: list[str]) -> None:
-    model = language_model(flavour, tmp_path / "model.onnx")
+def test_the_language_model_builds_with_its_cache(
+    tmp_path: Path, flavour: Flavour, precision: Precision, layers: int, files: list[str]
+) -> None:
+    config = replace(TINY, language_model=replace(TINY.language_model, layers=layers))
     settings = EngineSettings(
         backend="tensorrt-rtx",
+        precision=precision,
         compute_capabilities=TARGETS,
-        flavour=flavour,  # type: ignore[arg-type]
-        buckets=Buckets(cache_capacities=(256, 64)),
+        flavour=flavour,
+        buckets=Buckets(cache_capacities=(256, 64) if len(files) == 2 else (64,)),
     )
-    built = build_plans(LANGUAGE_MODEL, model, tmp_path / "plans", TINY, settings)
+    checkpoint = Checkpoint(config, tokenizer=b"", weights=RandomWeights(config, seed=0))
+    model, *_ = write_engine(checkpoint, LANGUAGE_MODEL, tmp_path / "model.onnx", settings)
+    built = build_plans(LANGUAGE_MODEL, model, tmp_path / "plans", config, settings)
     assert [plan.path.name for plan in built] == files
     assert all(plan.path.is_file() for plan in built)
 
@@ -90,7 +91,7 @@ def test_an_operator_it_does_not_know_is_named_with_its_node(tmp_path: Path) -> 
     model = small_model(tmp_path / "small.onnx", "Twirl", domain="our.own")
     with pytest.raises(UsageError, match=r"engine small: tensorrt-rtx .* node stage\.step \(Twirl\)") as caught:
         build_plan("small", model, tmp_path / "small.plan", ROWS, RTX)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and str(caught.value).endswith("build it with --backend onnx")
     assert [path.name for path in tmp_path.iterdir()] == ["small.onnx"]
 
 
@@ -99,6 +100,39 @@ def test_a_gpu_it_cannot_build_for_is_named_with_those_it_can(tmp_path: Path) ->
     settings = EngineSettings(backend="tensorrt-rtx", compute_capabilities=("8.7",))
     with pytest.raises(EnvironmentProblem, match=r"compute capability 8\.7: .* choose from .*8\.9"):
         build_plan("small", small_model(tmp_path / "small.onnx", "Relu"), tmp_path / "small.plan", ROWS, settings)
+
+
+@needs_rtx
+def test_a_plan_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    """A full disk, as far as the worker sees it: a place where nothing can be written."""
+    (tmp_path / "small.plan").mkdir()
+    with pytest.raises(UsageError, match=r"engine small: .*small\.plan: cannot be written: Is a directory") as caught:
+        build_plan("small", small_model(tmp_path / "small.onnx", "Relu"), tmp_path / "small.plan", ROWS, RTX)
+    assert "--backend" not in str(caught.value)
+    assert {path.name for path in tmp_path.iterdir()} == {"small.onnx", "small.plan"}
+
+
+def test_full_tensorrt_builds_for_the_gpu_it_sees_and_keeps_what_it_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = []
+
+    def run(engine: str, request: Request) -> Report:
+        requests.append(request)
+        return Report(layers=1)
+
+    monkeypatch.setattr(building, "_run", run)
+    monkeypatch.setattr(building.tensorrt_library, "version", lambda backend: f"{backend} 10.3.0")
+    monkeypatch.setattr(building.cuda, "open_device", lambda: FakeDevice("8.7"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    model = small_model(tmp_path / "small.onnx", "Relu")
+    built = build_plan("small", model, tmp_path / "small.plan", ROWS, EngineSettings(backend="tensorrt"))
+    assert built.built_for == BuiltFor(library="tensorrt 10.3.0", compute_capabilities=("8.7",))
+    assert requests[0].timing_cache == str(tmp_path / "cache" / "videolavit" / "tensorrt-10.3.0-8.7.timing")
+    assert (tmp_path / "cache" / "videolavit").is_dir()
+    elsewhere = EngineSettings(backend="tensorrt", compute_capabilities=("8.9",))
+    with pytest.raises(UsageError, match=r"builds for the GPU of this machine, 8\.7, not for 8\.9"):
+        build_plan("small", model, tmp_path / "small.plan", ROWS, elsewhere)
 
 
 def test_a_missing_library_is_told_before_a_process_is_started(tmp_path: Path) -> None:
@@ -178,6 +212,15 @@ def test_the_language_model_is_fastest_at_single_positions_and_takes_prompts() -
 def test_sizes_the_model_does_not_have_are_refused(engine: str, buckets: Buckets, words: str) -> None:
     with pytest.raises(UsageError, match=words):
         profiles(engine, OFFICIAL, buckets)
+
+
+@pytest.mark.parametrize("name", profile_names())
+def test_shipped_profiles_ask_for_what_the_official_model_has(name: str) -> None:
+    settings = read_profile(name)
+    for engine in ENGINES:
+        own = settings.for_engine(engine)
+        if own.backend != "onnx":
+            assert profiles(engine, OFFICIAL, own.buckets)
 
 
 # TensorRT's own copy of the graph

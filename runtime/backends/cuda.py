@@ -15,7 +15,7 @@ import numpy as np
 
 from runtime.errors import EnvironmentProblem
 
-_INSTALL = 'pip install "videolavit[tensorrt-rtx]"'
+_INSTALL = "pip install cuda-bindings"
 
 
 class Device(Protocol):
@@ -67,7 +67,9 @@ def open_device() -> Device:
     try:
         api = importlib.import_module("cuda.bindings.runtime")
     except ImportError as error:
-        raise EnvironmentProblem(f"cuda-bindings cannot be imported ({error}); run `{_INSTALL}`") from error
+        raise EnvironmentProblem(
+            f"cuda-bindings cannot be imported ({error}); run `{_INSTALL}` in the release that fits the driver"
+        ) from error
     return CudaDevice(api)
 
 

@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from runtime.backends import cuda, tensorrt_library
-from runtime.backends.checks import InputCheck, Shape, check_forward, check_start
-from runtime.backends.tensorrt_plan import PLAN, Buffer, Plan, check_built_for
+from runtime.backends.checks import InputCheck, Shape, check_forward, check_rewind, check_start
+from runtime.backends.tensorrt_plan import PLAN, Buffer, Context, Plan, check_built_for
 from runtime.bundle import Bundle, EngineEntry
 from runtime.engines import EngineOptions
 
@@ -56,7 +56,8 @@ class TensorRTEngine:
         self._device = device
         self._check = InputCheck(name, entry.inputs)
         self._plan = Plan(entry.backend, name, files, device)
-        self._buffers = {name: Buffer(device) for name in (*self._plan.inputs, *self._plan.outputs)}
+        self._context = self._plan.context()
+        self._buffers = {tensor: Buffer(device) for tensor in (*self._plan.inputs, *self._plan.outputs)}
         self._held: dict[str, tuple[Buffer, Shape]] = {}
 
     def __call__(self, **inputs: np.ndarray) -> dict[str, np.ndarray]:
@@ -68,7 +69,7 @@ class TensorRTEngine:
             self._check.shape(name, shape, sizes)
         arrays = {name: self._check.array(name, array, sizes) for name, array in inputs.items()}
         shapes = {name: shape for name, (_, shape) in used.items()} | {name: a.shape for name, a in arrays.items()}
-        produced = self._plan.set_shapes({name: shapes[name] for name in self._plan.inputs})
+        produced = self._context.set_shapes({name: shapes[name] for name in self._plan.inputs})
         addresses = {name: buffer.address for name, (buffer, _) in used.items()}
         for name, array in arrays.items():
             addresses[name] = self._buffers[name].at_least(array.nbytes)
@@ -76,7 +77,7 @@ class TensorRTEngine:
         results = {name: np.empty(shape, self._plan.dtype(name)) for name, shape in produced.items()}
         for name, result in results.items():
             addresses[name] = self._buffers[name].at_least(result.nbytes)
-        self._plan.run(addresses)
+        self._context.run(addresses)
         for name, result in results.items():
             self._device.download(result, addresses[name])
         self._device.synchronize()
@@ -99,7 +100,11 @@ class TensorRTEngine:
 
 
 class TensorRTLanguageModel:
-    """The language model as a LanguageModelEngine."""
+    """The language model as a LanguageModelEngine.
+
+    Of a cache that is not updated in place there are two, read and written in turns. Each turn has a context of its
+    own, so that single positions can be recorded in both.
+    """
 
     def __init__(self, files: Sequence[Path], entry: EngineEntry, device: cuda.Device, max_positions: int) -> None:
         self._backend, self._name, self._device = entry.backend, name_of(entry), device
@@ -108,32 +113,40 @@ class TensorRTLanguageModel:
         lengths = [_LENGTH.search(path.name) for path in self._plans]
         self._lengths = [int(match.group(1)) if match else max_positions for match in lengths]
         self._limit = min(max_positions, max(self._lengths))
-        self._loaded: int | None = None  # index of the plan in memory
-        self._plan: Plan
-        self._load(len(self._plans) - 1)
         self._buffers: dict[str, Buffer] = {}
+        self._caches: dict[str, Shape] = {}  # inputs of the cache
+        self._turns: list[tuple[Context, dict[str, int]]] = []  # with addresses of the cache; the first is next
         self._capacity = 0
         self.lengths = np.zeros(0, np.int32)
+        self._open(0)
 
     def start(self, rows: int, capacity: int) -> None:
         """An empty cache of `rows` x at least `capacity` positions; the previous one is freed. Raises UsageError."""
         check_start(rows, capacity, self._limit)
         self._free()
-        self._load(next(i for i, length in enumerate(self._lengths) if length >= capacity))
+        index = next(i for i, length in enumerate(self._lengths) if length >= capacity)
+        if index != self._opened:
+            self._plan.close()
+            self._open(index)
         self._capacity = capacity
-        self._caches: dict[str, Shape] = {}
-        for name in self._plan.inputs:
-            declared = self._plan.declared(name)
-            if len(declared) == 4:
-                _, heads, length, head = declared
-                self._caches[name] = (rows, heads, capacity if length < 0 else length, head)
-        twice = [output for output in self._plan.outputs if output != "logits" and not self._plan.aliased(output)]
-        for name in (*self._caches, *twice):
-            past = name.replace("present_", "past_", 1)
-            size = int(np.prod(self._caches[past])) * self._plan.item_bytes(past)
-            buffer = self._buffers[name] = Buffer(self._device)
-            # Unwritten positions have no weight in attention, but not a number times none is not a number.
-            self._device.clear(buffer.at_least(size), size)
+        there: dict[str, int] = {}  # addresses of one turn and of the other
+        back: dict[str, int] = {}
+        for past in self._plan.inputs:
+            declared = self._plan.declared(past)
+            if len(declared) != 4:
+                continue
+            _, heads, length, head = declared
+            self._caches[past] = (rows, heads, capacity if length < 0 else length, head)
+            present = past.replace("past_", "present_", 1)
+            first = second = self._cleared(past)
+            if not self._plan.aliased(present):
+                second = self._cleared(past, present)
+            there |= {past: first, present: second}
+            back |= {past: second, present: first}
+        sides = [there] if there == back else [there, back]
+        while len(self._contexts) < len(sides):
+            self._contexts.append(self._plan.context())
+        self._turns = list(zip(self._contexts, sides, strict=True))
         self.lengths = np.zeros(rows, np.int32)
 
     def forward(self, embeds: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -147,49 +160,50 @@ class TensorRTLanguageModel:
             "past_lengths": np.ascontiguousarray(self.lengths),
             "new_lengths": counts,
         }
-        produced = self._plan.set_shapes({name: array.shape for name, array in arrays.items()} | self._caches)
-        addresses = {}
+        context, cache = self._turns[0]
+        produced = context.set_shapes({name: array.shape for name, array in arrays.items()} | self._caches)
+        addresses = dict(cache)
         for name, array in arrays.items():
             addresses[name] = self._buffer(name).at_least(array.nbytes)
             self._device.upload(addresses[name], array)
         logits = np.empty(produced["logits"], np.float32)
         addresses["logits"] = self._buffer("logits").at_least(logits.nbytes)
-        for past in self._caches:
-            present = past.replace("past_", "present_", 1)
-            addresses[past] = self._buffers[past].address
-            addresses[present] = self._buffers.get(present, self._buffers[past]).address
-        self._plan.run(addresses)
+        context.run(addresses)
         self._device.download(logits, addresses["logits"])
         self._device.synchronize()
-        self._turn()
+        self._turns.append(self._turns.pop(0))  # what was written is read next
         self.lengths = self.lengths + counts
         return logits
+
+    def rewind(self, lengths: np.ndarray) -> None:
+        """See LanguageModelEngine.rewind."""
+        self.lengths = check_rewind(lengths, self.lengths)
 
     def close(self) -> None:
         self._free()
         self._plan.close()
 
-    def _turn(self) -> None:
-        """What was written is read next."""
-        for past in self._caches:
-            present = past.replace("past_", "present_", 1)
-            if present in self._buffers:
-                self._buffers[past], self._buffers[present] = self._buffers[present], self._buffers[past]
-
     def _buffer(self, name: str) -> Buffer:
         return self._buffers.setdefault(name, Buffer(self._device))
 
-    def _load(self, index: int) -> None:
-        if index == self._loaded:
-            return
-        if self._loaded is not None:
-            self._plan.close()
-            self._loaded = None
+    def _cleared(self, past: str, name: str | None = None) -> int:
+        """Address of a buffer for cache `past`, kept as `name`."""
+        size = int(np.prod(self._caches[past])) * self._plan.item_bytes(past)
+        address = self._buffer(name or past).at_least(size)
+        # Unwritten positions have no weight in attention, but not a number times none is not a number.
+        self._device.clear(address, size)
+        return address
+
+    def _open(self, index: int) -> None:
+        self._opened = -1
+        self._contexts: list[Context] = []
         self._plan = Plan(self._backend, self._name, [self._plans[index], *self._weights], self._device)
-        self._loaded = index
+        self._opened = index
 
     def _free(self) -> None:
         for buffer in self._buffers.values():
             buffer.free()
         self._buffers.clear()
+        self._caches.clear()
+        self._turns = []
         self.lengths = np.zeros(0, np.int32)

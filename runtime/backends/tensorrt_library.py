@@ -20,12 +20,12 @@ def library(backend: str) -> Any:
     """The module of a backend. Raises EnvironmentProblem."""
     try:
         return importlib.import_module(MODULES[backend])
-    except ImportError as error:
-        reason = str(error).splitlines()[0]
-        install = f'run `pip install "videolavit[{backend}]"`'
-        ships = " or use the one that JetPack ships" if backend == "tensorrt" else ""
+    except (ImportError, OSError) as error:  # OSError: a shared library it loads by itself
+        reason = " ".join(str(error).split())
+        ships = ", or use the one that JetPack ships" if backend == "tensorrt" else ""
         raise EnvironmentProblem(
-            f"backend {backend}: {MODULES[backend]} cannot be imported ({reason}); {install}{ships}"
+            f"backend {backend}: {MODULES[backend]} cannot be imported ({reason}); "
+            f'run `pip install "videolavit[{backend}]"`{ships}'
         ) from error
 
 

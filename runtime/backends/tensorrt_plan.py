@@ -2,14 +2,13 @@
 
 Contract: a plan is checked against the manifest's record of what it was built for, library version and GPU, before a
 byte of it is deserialised; what does not fit is a BundleError with one line. All plans of a process run on one stream,
-one after the other, and share one piece of activation memory of the size the hungriest needs. A call that repeats the
+one after the other, and share one piece of activation memory of the size the hungriest needs. A run that repeats the
 one before it, shapes and addresses alike, is recorded as a CUDA graph and from then on launched as one.
 """
 
 from __future__ import annotations
 
 import mmap
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -20,12 +19,12 @@ import numpy as np
 from runtime.backends import tensorrt_library
 from runtime.backends.checks import Shape, describe
 from runtime.backends.cuda import Device
-from runtime.bundle import BuiltFor, EngineEntry
+from runtime.bundle import EngineEntry
 from runtime.errors import BundleError, EnvironmentProblem, UsageError
 
 PLAN = ".plan"  # suffix of the files that are plans; others are the weights of plans built without them
 OLDEST_PORTABLE = (8, 0)  # TensorRT-RTX plans for no GPU in particular run from Ampere on
-_GRAPHS = 4  # recorded calls that a plan keeps
+_SCRATCH = ""  # among the names of tensors: the activation memory
 _DTYPES = {"FLOAT": "float32", "HALF": "float16", "INT32": "int32", "INT64": "int64", "BOOL": "bool"}
 
 
@@ -39,7 +38,7 @@ def check_built_for(name: str, entry: EngineEntry, installed: str, compute_capab
             f"engine {name}: built with {built_for.library}, this machine has {installed}; "
             "install that version or export the bundle again here"
         )
-    wanted = capabilities(built_for)
+    wanted = built_for.compute_capabilities
     fits = compute_capability in wanted if wanted else _number(compute_capability) >= OLDEST_PORTABLE
     if not fits:
         what = ", ".join(wanted) if wanted else f"{OLDEST_PORTABLE[0]}.{OLDEST_PORTABLE[1]} and later"
@@ -47,11 +46,6 @@ def check_built_for(name: str, entry: EngineEntry, installed: str, compute_capab
             f"engine {name}: built for compute capability {what}, this GPU has {compute_capability}; "
             f"export the bundle again for {compute_capability}"
         )
-
-
-def capabilities(built_for: BuiltFor) -> tuple[str, ...]:
-    """Compute capabilities a plan was built for; empty when it was built for all the library covers."""
-    return tuple(built_for.compute_capability.split(",")) if built_for.compute_capability else ()
 
 
 def _number(capability: str) -> tuple[int, ...]:
@@ -107,121 +101,77 @@ class Plan:
 
     def __init__(self, backend: str, name: str, files: Sequence[Path], device: Device) -> None:
         """`files` is the plan and, for a plan without weights, the ONNX file to take them from."""
-        self._name, self._device = name, device
-        self._trt = tensorrt_library.library(backend)
+        self._backend, self._name, self._device = backend, name, device
+        trt = tensorrt_library.library(backend)
         self._engine = _deserialise(backend, name, files[0])
         if len(files) > 1:
             _refit(backend, name, self._engine, files[1])
-        strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        self._context = self._engine.create_execution_context(strategy)
-        if self._context is None:
-            raise EnvironmentProblem(f"engine {name}: no execution context: {tensorrt_library.last_error(backend)}")
-        self._backend = backend
         names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
-        mode = self._trt.TensorIOMode.INPUT
-        self.inputs = tuple(n for n in names if self._engine.get_tensor_mode(n) == mode)
+        self.inputs = tuple(n for n in names if self._engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT)
         self.outputs = tuple(n for n in names if n not in self.inputs)
         self._ranges = [self._profile(i) for i in range(self._engine.num_optimization_profiles)]
+        self._strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        self._contexts: list[Context] = []
         self._scratch = scratch_of(device)
         self._scratch.join()
-        self._active = 0  # profile of a new context
-        self._shapes: dict[str, Shape] = {}
-        self._memory = 0  # bytes of activations at these shapes
-        self._graphs: OrderedDict[Any, int] = OrderedDict()
-        self._previous: Any = None
-        self._recordable = True
 
-    def dtype(self, name: str) -> np.dtype | None:
-        """numpy's type of an input or output; None for one numpy does not have."""
-        known = _DTYPES.get(self._engine.get_tensor_dtype(name).name)
-        return None if known is None else np.dtype(known)
+    def context(self) -> Context:
+        """Something to run the plan with; closed with the plan. Raises EnvironmentProblem."""
+        context = self._engine.create_execution_context(self._strategy)
+        if context is None:
+            raise EnvironmentProblem(f"engine {self._name}: no execution context: {self.last_error()}")
+        self._contexts.append(Context(self, context, self._device, self._scratch))
+        return self._contexts[-1]
+
+    def dtype(self, name: str) -> np.dtype:
+        """numpy's type of an input or output. Raises BundleError for one numpy does not have."""
+        kind = self._engine.get_tensor_dtype(name).name
+        if kind not in _DTYPES:
+            raise BundleError(f"engine {self._name}: {name} is {kind}; export the bundle again with float32 outputs")
+        return np.dtype(_DTYPES[kind])
 
     def item_bytes(self, name: str) -> int:
-        known = self.dtype(name)
-        return known.itemsize if known is not None else 2  # bfloat16 is the one an engine may have besides
+        """Bytes of an element of an input or output, also of a type numpy does not have."""
+        return int(self._engine.get_tensor_dtype(name).itemsize)
 
     def declared(self, name: str) -> Shape:
         """Shape of an input or output; -1 where it is free."""
         return tuple(self._engine.get_tensor_shape(name))
 
-    def aliased(self, output: str) -> str | None:
-        """The input whose memory an output must share."""
+    def aliased(self, output: str) -> bool:
+        """Whether an output must have the memory of an input."""
         find = getattr(self._engine, "get_aliased_input_tensor", None)  # older libraries alias nothing
-        return (find(output) or None) if find else None
+        return bool(find and find(output))
 
-    def set_shapes(self, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
-        """Prepare for inputs of these shapes; shapes of the outputs. Raises UsageError when no profile covers them."""
-        if shapes != self._shapes:
-            profile = self._covering(shapes)
-            if profile != self._active:
-                self._must(self._context.set_optimization_profile_async(profile, self._device.stream), "a profile")
-                self._active = profile
-            for name, shape in shapes.items():
-                self._must(self._context.set_input_shape(name, shape), f"shape {list(shape)} of {name}")
-            self._shapes = dict(shapes)
-            self._memory = self._context.update_device_memory_size_for_shapes()
-        return {name: tuple(self._context.get_tensor_shape(name)) for name in self.outputs}
+    def covering(self, shapes: Mapping[str, Shape]) -> int:
+        """The first profile that has inputs of these shapes. Raises UsageError when none has."""
+        for index, ranges in enumerate(self._ranges):
+            if all(_within(shape, *ranges[name]) for name, shape in shapes.items()):
+                return index
+        built = "; ".join(_misses(shapes, ranges) for ranges in self._ranges)
+        raise UsageError(
+            f"engine {self._name}: cannot run {describe(shapes)}; built for {built}; "
+            "choose such a size, or export the bundle with this one among its buckets"
+        )
 
-    def run(self, addresses: Mapping[str, int]) -> None:
-        """Put one run at the shapes last set on the stream; `addresses` are of all inputs and outputs."""
-        scratch = self._scratch.at_least(self._memory)
-        call = (tuple(self._shapes.items()), tuple(addresses.items()), scratch)
-        if call in self._graphs:
-            self._graphs.move_to_end(call)
-            self._device.launch(self._graphs[call])
-            return
-        self._context.set_device_memory(scratch, self._scratch.size)
-        for name, address in addresses.items():
-            self._must(self._context.set_tensor_address(name, address), f"the address of {name}")
-        if self._repeats(call) and self._record(call):
-            return
-        self._enqueue()
+    def must(self, done: bool, what: str) -> None:
+        """Raise EnvironmentProblem with the library's reason unless `done`."""
+        if not done:
+            raise EnvironmentProblem(f"engine {self._name}: TensorRT refused {what}: {self.last_error()}")
+
+    def last_error(self) -> str:
+        """What the library complained about last; it is forgotten."""
+        return tensorrt_library.last_error(self._backend)
 
     def close(self) -> None:
         """Free the plan; the caller's buffers stay its own."""
         if self._engine is None:
             return
-        for graph in self._graphs.values():
-            self._device.free_graph(graph)
-        self._graphs.clear()
-        self._context = self._engine = None
+        for context in self._contexts:
+            context.close()
+        self._contexts.clear()
+        self._engine = None
         self._scratch.leave()
-
-    def _repeats(self, call: Any) -> bool:
-        """Whether `call` came shortly before: two calls that take turns, as with two caches, count as repeated."""
-        recent = self._previous or ()
-        self._previous = (*recent[-1:], call)
-        return call in recent
-
-    def _record(self, call: Any) -> bool:
-        """Record a call as a graph and launch it; False when this plan cannot be recorded."""
-        capturable = getattr(self._context, "is_stream_capturable", None)
-        if not self._recordable or (capturable and not capturable(self._device.stream)):
-            return False
-        self._device.begin_capture()
-        try:
-            recorded = self._context.execute_async_v3(self._device.stream)
-        finally:
-            graph = self._device.end_capture()
-        if not (recorded and graph):
-            if graph:
-                self._device.free_graph(graph)
-            tensorrt_library.last_error(self._backend)
-            self._recordable = False
-            return False
-        self._graphs[call] = graph
-        if len(self._graphs) > _GRAPHS:
-            self._device.free_graph(self._graphs.popitem(last=False)[1])
-        self._device.launch(graph)
-        return True
-
-    def _enqueue(self) -> None:
-        self._must(self._context.execute_async_v3(self._device.stream), "the run")
-
-    def _must(self, done: bool, what: str) -> None:
-        if not done:
-            reason = tensorrt_library.last_error(self._backend)
-            raise EnvironmentProblem(f"engine {self._name}: TensorRT refused {what}: {reason}")
 
     def _profile(self, index: int) -> dict[str, tuple[Shape, Shape]]:
         """Smallest and largest shape of every input."""
@@ -231,15 +181,86 @@ class Plan:
             ranges[name] = (tuple(low), tuple(high))
         return ranges
 
-    def _covering(self, shapes: Mapping[str, Shape]) -> int:
-        for index, ranges in enumerate(self._ranges):
-            if all(_within(shape, *ranges[name]) for name, shape in shapes.items()):
-                return index
-        built = "; ".join(_misses(shapes, ranges) for ranges in self._ranges)
-        raise UsageError(
-            f"engine {self._name}: cannot run {describe(shapes)}; built for {built}; "
-            "choose such a size, or export the bundle with this one among its buckets"
-        )
+
+class Context:
+    """Runs of a plan, one after the other.
+
+    A recording holds for the shapes and addresses it was made with, and only until its context is told others: there is
+    one at most, and whoever takes turns between two sets of buffers has a context for each.
+    """
+
+    def __init__(self, plan: Plan, context: Any, device: Device, scratch: Scratch) -> None:
+        self._plan, self._context, self._device, self._scratch = plan, context, device, scratch
+        self._profile = 0  # of a new context
+        self._shapes: dict[str, Shape] = {}
+        self._memory = 0  # bytes of activations at these shapes
+        self._addresses: dict[str, int] = {}
+        self._graph = 0  # the recording; 0 is none
+        self._recordable = True
+
+    def set_shapes(self, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+        """Prepare for inputs of these shapes; shapes of the outputs. Raises UsageError when no profile covers them."""
+        if shapes != self._shapes:
+            profile = self._plan.covering(shapes)
+            self._forget()
+            self._shapes = {}  # what is half set is set again
+            if profile != self._profile:
+                self._plan.must(self._context.set_optimization_profile_async(profile, self._device.stream), "a profile")
+                self._profile = profile
+            for name, shape in shapes.items():
+                self._plan.must(self._context.set_input_shape(name, shape), f"shape {list(shape)} of {name}")
+            self._memory = self._context.update_device_memory_size_for_shapes()
+            self._shapes = dict(shapes)
+        return {name: tuple(self._context.get_tensor_shape(name)) for name in self._plan.outputs}
+
+    def run(self, addresses: Mapping[str, int]) -> None:
+        """Put one run at the shapes last set on the stream; `addresses` are of all inputs and outputs."""
+        scratch = self._scratch.at_least(self._memory)
+        wanted = {**addresses, _SCRATCH: scratch}
+        if wanted != self._addresses:
+            self._forget()
+            self._context.set_device_memory(scratch, self._scratch.size)
+            for name, address in addresses.items():
+                self._plan.must(self._context.set_tensor_address(name, address), f"the address of {name}")
+            self._enqueue()  # once unrecorded: what changed is worked out in the first run
+            self._addresses = wanted
+        elif self._graph or self._record():
+            self._device.launch(self._graph)
+        else:
+            self._enqueue()
+
+    def close(self) -> None:
+        self._forget()
+        self._context = None
+
+    def _record(self) -> bool:
+        """Record a run; False when this plan cannot be recorded, for now or at all."""
+        capturable = getattr(self._context, "is_stream_capturable", None)
+        if not self._recordable or (capturable and not capturable(self._device.stream)):
+            return False
+        self._device.begin_capture()
+        try:
+            recorded = self._context.execute_async_v3(self._device.stream)
+        finally:
+            self._graph = self._device.end_capture()
+        if not (recorded and self._graph):
+            self._free_graph()
+            self._plan.last_error()
+            self._recordable = False
+        return bool(self._graph)
+
+    def _enqueue(self) -> None:
+        self._plan.must(self._context.execute_async_v3(self._device.stream), "the run")
+
+    def _forget(self) -> None:
+        """Drop addresses and recording: the context is about to change."""
+        self._addresses = {}
+        self._free_graph()
+
+    def _free_graph(self) -> None:
+        if self._graph:
+            self._device.free_graph(self._graph)
+            self._graph = 0
 
 
 def _within(shape: Shape, low: Shape, high: Shape) -> bool:

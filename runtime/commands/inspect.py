@@ -73,7 +73,7 @@ def _show(bundle: Bundle) -> None:
     for name, engine in manifest.engines.items():
         table.add_row(
             name,
-            engine.backend,
+            _backend(engine),
             engine.precision,
             f"{sum(f.bytes for f in engine.files) / 2**20:.2f}",
             _tensors(engine.inputs),
@@ -81,6 +81,13 @@ def _show(bundle: Bundle) -> None:
             _parity(engine),
         )
     Console(width=160).print(table, markup=False)
+
+
+def _backend(engine: EngineEntry) -> str:
+    """Backend, and of a plan the GPUs it was built for."""
+    if engine.built_for is None or not engine.built_for.compute_capabilities:
+        return engine.backend
+    return f"{engine.backend} for {', '.join(engine.built_for.compute_capabilities)}"
 
 
 def _tensors(tensors: tuple[TensorEntry, ...]) -> str:
