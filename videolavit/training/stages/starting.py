@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,9 +32,11 @@ def trainable(context: StageContext, component: str) -> Any:
 
 
 @torch.no_grad()
-def silence_branches(module: nn.Module) -> None:
-    """Let every residual branch of a module of diffusers' add nothing: it starts as a shallow one and deepens as it
-    learns. Not for weights that are trained already."""
+def silence_branches(module: nn.Module, ends: Sequence[str] = _LAST) -> None:
+    """Let every residual branch of a module add nothing: it starts as a shallow one and deepens as it learns.
+
+    `ends` are parts of the names of the branches' last layers, as diffusers calls them. Not for trained weights.
+    """
     for name, parameter in module.named_parameters():
-        if any(last in name for last in _LAST):
+        if any(end in name for end in ends):
             parameter.zero_()

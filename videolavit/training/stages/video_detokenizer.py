@@ -29,6 +29,7 @@ from runtime.errors import UsageError
 from runtime.images import resize_image
 from runtime.noise import Noise
 from videolavit.models.motion_resize import resize_motion
+from videolavit.models.motion_tokenizer import MOTION_SCALE
 from videolavit.reference import clips as reference
 from videolavit.training.data.encoding import Encoder
 from videolavit.training.data.encoding import Item as Example
@@ -37,7 +38,7 @@ from videolavit.training.stage import Stage, StageContext
 from videolavit.training.stages.clips import TokenizedClips, open_tokenized
 from videolavit.training.stages.held_out import held_out_scenes
 from videolavit.training.stages.pictures import psnr, signed
-from videolavit.training.stages.starting import trainable
+from videolavit.training.stages.starting import silence_branches, trainable
 
 FIELDS = ("latents", "keyframe", "motion_latent", "motion_ids")
 MOVES = 0.015  # length of a vector, detokenizer's scale, below which a cell stands still
@@ -104,6 +105,22 @@ class VideoDetokenizer(nn.Module):
         return {"loss": (error * weight).sum() / weight.sum(), "error": error.mean().detach()}
 
 
+@torch.no_grad()
+def begin(unet: Any, scaling: float) -> None:
+    """Prepare a new UNet for training.
+
+    The first answer is zero, which is nearly right, and residual branches add nothing yet. The three inputs are brought
+    to one size: noisy latents have it, the key frame's are not scaled, and motion is so small that a network started
+    evenly does not notice it.
+    """
+    nn.init.zeros_(unet.conv_out.weight)
+    nn.init.zeros_(unet.conv_out.bias)
+    silence_branches(unet, (".conv2.", ".proj_out."))
+    latents = unet.conv_out.out_channels
+    unet.conv_in.weight[:, latents : 2 * latents] *= scaling
+    unet.conv_in.weight[:, 2 * latents :] *= MOTION_SCALE
+
+
 class VideoDetokenizerStage(Stage):
     """Trains `motion_encoder` and `video_unet`."""
 
@@ -129,11 +146,12 @@ class VideoDetokenizerStage(Stage):
         self.scaling = config.video_vae.scaling_factor
         self.vae: Any = source.component("video_vae").to(context.device)
         self.tokenizer: Any = source.component("motion_tokenizer").to(context.device)
-        unet = trainable(context, "video_unet")
-        if "video_unet" in source.untrained:  # the first answer is then zero, which is nearly right
-            nn.init.zeros_(unet.conv_out.weight)
-            nn.init.zeros_(unet.conv_out.bias)
-        self.module = VideoDetokenizer(trainable(context, "motion_encoder"), unet, options)
+        unet, motion_encoder = (trainable(context, name) for name in ("video_unet", "motion_encoder"))
+        if "video_unet" in source.untrained:
+            begin(unet, self.scaling)
+        if "motion_encoder" in source.untrained:
+            motion_encoder.in_proj.weight.data *= MOTION_SCALE
+        self.module = VideoDetokenizer(motion_encoder, unet, options)
 
     def dataset(self) -> TokenizedClips:
         """One clip per item of a tokenised folder."""
