@@ -122,7 +122,7 @@ def test_ragged_prefill_then_decode_equals_transformers(
 def test_single_row_continues_with_several_positions(folder: Path, flavour: str) -> None:
     shape = SHAPES[0]
     row = np.random.default_rng(1).standard_normal((11, shape[0])).astype(np.float32)
-    model = engine_of(folder, shape)
+    model = engine_of(folder, shape, flavour)
     model.start(1, POSITIONS)
     for begin, end in ((0, 4), (4, 9), (9, 10), (10, 11)):
         logits = model.forward(row[None, begin:end], np.array([end - begin]))
