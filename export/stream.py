@@ -8,10 +8,9 @@ file; above `export.onnx.SINGLE_FILE_LIMIT` bytes weights go into a second file,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import onnx
@@ -19,12 +18,12 @@ from onnx import TensorProto, helper
 
 from export import onnx as files
 from export.hollow import Traced, Weight
+from export.storage import FEWEST, DataFile, as_float16, inside
 from runtime.errors import CheckpointError
 from runtime.files import writing
 from videolavit.checkpoints import Weights
 
-_SMALL = 256  # elements; below, a Cast costs more than it saves
-_ALIGNMENT = 4096  # of a tensor in the data file, so that it can be mapped
+Store = Callable[[str, int, Sequence[int], np.ndarray], TensorProto]  # (name, type, shape, data) -> constant
 _ITEM = {TensorProto.FLOAT16: 2, TensorProto.BFLOAT16: 2}
 
 
@@ -40,12 +39,12 @@ def write_streamed(traced: Traced, weights: Weights, path: Path, storage: int | 
     size = sum(int(np.prod(w.shape)) * (_ITEM.get(kind, 4)) for w, kind in _kinds(traced))
     with ExitStack() as stack:
         stack.enter_context(writing(path))
-        data = None
+        store: Store = inside
         result = [path]
         if size > files.SINGLE_FILE_LIMIT:
             result.append(path.with_suffix(".onnx.data"))
-            data = stack.enter_context(result[1].open("wb"))
-        model = _Filling(traced, storage, _Store(data, result[-1].name)).run(weights)
+            store = DataFile(stack.enter_context(result[1].open("wb")), result[1].name)
+        model = _Filling(traced, storage, store).run(weights)
         path.write_bytes(model.SerializeToString())
     onnx.checker.check_model(path)
     return result
@@ -57,29 +56,8 @@ def _kinds(traced: Traced) -> Iterator[tuple[Weight, int]]:
             yield traced.weights[value.name], value.type.tensor_type.elem_type
 
 
-class _Store:
-    """Tensors in the model, or in a data file beside it."""
-
-    def __init__(self, data: BinaryIO | None, location: str) -> None:
-        self._data, self._location = data, location
-
-    def __call__(self, name: str, array: np.ndarray, kind: int) -> TensorProto:
-        tensor = TensorProto(name=name, data_type=kind, dims=array.shape)
-        content = np.ascontiguousarray(array)
-        if self._data is None or content.nbytes < _SMALL:
-            tensor.raw_data = content.tobytes()
-            return tensor
-        self._data.write(bytes(-self._data.tell() % _ALIGNMENT))
-        tensor.data_location = TensorProto.EXTERNAL
-        offset = self._data.tell()
-        for key, value in (("location", self._location), ("offset", offset), ("length", content.nbytes)):
-            tensor.external_data.add(key=key, value=str(value))
-        self._data.write(content.reshape(-1).view(np.uint8).data)
-        return tensor
-
-
 class _Filling:
-    def __init__(self, traced: Traced, storage: int | None, store: _Store) -> None:
+    def __init__(self, traced: Traced, storage: int | None, store: Store) -> None:
         self._traced, self._storage, self._store = traced, storage, store
         self._model = onnx.ModelProto()
         self._model.CopyFrom(traced.model)
@@ -118,20 +96,21 @@ class _Filling:
     def _tensor(self, name: str, array: np.ndarray) -> TensorProto:
         kind = self._declared[name]
         if kind != TensorProto.FLOAT:
-            return self._store(name, array.astype(helper.tensor_dtype_to_np_dtype(kind)), kind)
+            return self._store(name, kind, array.shape, array.astype(helper.tensor_dtype_to_np_dtype(kind)))
         narrow = self._narrow(array)
         if narrow is None:
-            return self._store(name, array, kind)
+            return self._store(name, kind, array.shape, array)
         kind = self._storage or TensorProto.FLOAT16
-        return self._store(self._widen(name, kind), narrow, kind)
+        return self._store(self._widen(name, kind), kind, array.shape, narrow)
 
     def _narrow(self, array: np.ndarray) -> np.ndarray | None:
         """The array in 16 bits where it is to be stored so."""
-        if array.size < _SMALL:
+        if array.size < FEWEST:
             return None
+        if self._storage is None:
+            return as_float16(array)
         with np.errstate(over="ignore"):
-            half = array.astype(helper.tensor_dtype_to_np_dtype(self._storage or TensorProto.FLOAT16))
-        return half if self._storage or np.array_equal(half.astype(np.float32), array) else None
+            return array.astype(helper.tensor_dtype_to_np_dtype(self._storage))
 
     def _widen(self, name: str, kind: int) -> str:
         """Put the Cast to float32 where it belongs and return the name of the narrow tensor."""

@@ -6,15 +6,14 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-import onnx
 import pytest
 import torch
 from golden import assert_close
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from language_models import write
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from export.graphs.language_model import build_language_model
 from export.language_model.attention import ATTENTION
 from runtime.backends.onnxruntime import OnnxRuntimeLanguageModel
 from runtime.context import STEPWISE, Context
@@ -200,7 +199,7 @@ def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         return TorchLanguageModel(llama())
     weights = {name: tensor.numpy() for name, tensor in llama().state_dict().items()}
     path: Path = tmp_path_factory.mktemp("context") / f"{request.param}.onnx"
-    onnx.save(build_language_model(SMALL, 50, weights, request.param), path)
+    write(SMALL, 50, weights, path, request.param)
     return OnnxRuntimeLanguageModel(path, EngineOptions(threads=1), SMALL.max_positions)
 
 
@@ -241,8 +240,8 @@ def assert_relative(actual: np.ndarray, wanted: np.ndarray) -> None:
 @pytest.mark.parametrize("lengths", [[3], [3, 2, 1], [4, 2], [-1, 2], [1.0, 1.0]])
 def test_rows_are_only_made_shorter(tmp_path: Path, lengths: list[float]) -> None:
     weights = {name: tensor.numpy() for name, tensor in llama().state_dict().items()}
-    onnx.save(build_language_model(SMALL, 50, weights), tmp_path / "llm.onnx")
-    model = OnnxRuntimeLanguageModel(tmp_path / "llm.onnx", EngineOptions(threads=1), SMALL.max_positions)
+    path = write(SMALL, 50, weights, tmp_path / "llm.onnx")
+    model = OnnxRuntimeLanguageModel(path, EngineOptions(threads=1), SMALL.max_positions)
     model.start(2, 8)
     model.forward(np.zeros((2, 3, SMALL.hidden_size), np.float32), np.array([3, 2]))
     with pytest.raises(UsageError, match=r"rows of \[3, 2\] positions cannot be shortened"):

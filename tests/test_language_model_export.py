@@ -26,9 +26,10 @@ from safetensors.torch import save_file
 from transformers import LlamaForCausalLM
 
 from export.language_model.source import arrays
-from export.language_model.writing import PAGE, write_language_model
+from export.language_model.writing import write_language_model
 from export.quantisation import CANDIDATES, LIMITS, block_for, pack_int4, quantise
 from export.settings import Backend, EngineSettings, Flavour, Precision
+from export.storage import PAGE
 from runtime.errors import CheckpointError, UsageError
 from videolavit.config import LanguageModelConfig
 from videolavit.models.language_model import build_language_model
@@ -255,7 +256,7 @@ def test_at_most_one_layer_is_in_memory(tmp_path: Path) -> None:
 
 
 def test_weights_lie_in_pages_beside_a_small_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("export.language_model.writing.INLINE", 1000)
+    monkeypatch.setattr("export.storage.INLINE", 1000)
     path = write(tmp_path, EngineSettings(precision="int4"))
     tensors = [t for t in onnx.load(path, load_external_data=False).graph.initializer if t.external_data]
     places = [{entry.key: entry.value for entry in tensor.external_data} for tensor in tensors]

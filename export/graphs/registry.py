@@ -1,7 +1,7 @@
 """Every engine by name.
 
 Contract: `GRAPHS` holds one entry per engine of a bundle except `language_model`, whose inputs carry a cache and
-whose graph is written by `export.graphs.language_model`. `ENGINES` is the order in which a bundle is built.
+whose graph is written by `export.language_model`. `ENGINES` is the order in which a bundle is built.
 """
 
 from __future__ import annotations

@@ -8,14 +8,12 @@ them: no array is kept by the writer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
-
-from runtime.errors import CheckpointError
 
 Store = Callable[[np.ndarray, str], TensorProto]  # (array, name) -> tensor, as onnx.numpy_helper.from_array
 
@@ -65,16 +63,3 @@ class GraphWriter:
         graph = helper.make_graph(self._nodes, name, self._inputs, self._outputs, self._constants)
         version = max(IR_VERSION, helper.find_min_ir_version_for(opsets[:1]))
         return helper.make_model(graph, opset_imports=opsets, ir_version=version, producer_name="videolavit")
-
-
-def weight(weights: Mapping[str, np.ndarray], name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Checkpoint weight `name` as float32. Raises CheckpointError when it is missing or has another shape."""
-    if name not in weights:
-        raise CheckpointError(f"checkpoint: weight {name} is missing; give a complete checkpoint of this model")
-    array = np.asarray(weights[name])
-    if array.shape != shape:
-        raise CheckpointError(
-            f"checkpoint: weight {name} is {list(array.shape)}, the model configuration says {list(shape)}; use the "
-            "configuration the checkpoint was trained with"
-        )
-    return array.astype(np.float32, copy=False)

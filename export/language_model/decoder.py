@@ -1,6 +1,6 @@
 """The decoder, written node by node around its attention flavour; weights are named here and filled in later.
 
-Contract: `outline` gives the nodes, inputs and outputs of the engine described in `export.graphs.language_model`, and
+Contract: `outline` gives the nodes, inputs and outputs of the engine described in `export.language_model`, and
 the list of weights that its nodes name but that have no values yet. Query, key and value share one matrix, and so do
 gate and up: larger products are faster and read their input once.
 """

@@ -18,9 +18,9 @@ from export.graphs.writer import GraphWriter
 from export.language_model.weights import Weight
 from export.quantisation import block_for, pack_int4, quantise
 from export.settings import EngineSettings
+from export.storage import FEWEST, as_float16
 from runtime.errors import CheckpointError
 
-_SMALL = 256  # elements; below, widening a constant at load costs more than it saves
 QDQ_OPSET = 21  # brings scales for blocks, and scales in float16
 _COMPUTED = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 _INTEGERS = {4: TensorProto.INT4, 8: TensorProto.INT8}
@@ -81,8 +81,8 @@ class Format:
 
     def _stored(self, name: str, array: np.ndarray) -> Encoded:
         dtype = self.dtype
-        if dtype == TensorProto.FLOAT and array.size >= _SMALL:
-            half = _as_float16(array)
+        if dtype == TensorProto.FLOAT and array.size >= FEWEST:
+            half = as_float16(array)
             if half is not None:
                 dtype, array = TensorProto.FLOAT16, half
         wanted = helper.tensor_dtype_to_np_dtype(dtype)
@@ -109,12 +109,3 @@ def format_of(settings: EngineSettings) -> tuple[Format, Format]:
     onnx = settings.backend == "onnx"
     dtype = TensorProto.FLOAT if onnx else TensorProto.FLOAT16
     return Format(dtype, bits, blocked=onnx), Format(dtype, 8, blocked=onnx)
-
-
-def _as_float16(array: np.ndarray) -> np.ndarray | None:
-    """`array` in float16, or None when that would lose something."""
-    if array.dtype == np.float16:
-        return array
-    with np.errstate(over="ignore"):
-        half = array.astype(np.float16)
-    return half if np.array_equal(half.astype(array.dtype), array) else None

@@ -1,4 +1,4 @@
-"""Weights into the language model's graph: streamed into a file beside the model, or kept in it.
+"""Weights into the language model's graph: streamed into a file beside the model.
 
 Contract: `write_language_model` takes the checkpoint's tensors one by one in any order, encodes each weight as soon as
 all its tensors have come, appends it to the data file and forgets it. In memory are at most the tensors of the weights
@@ -7,24 +7,19 @@ under way, one layer's where the checkpoint is in the order of its names, and on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
 from export.language_model.decoder import Outline, outline
-from export.language_model.formats import Encoded, Format, format_of
+from export.language_model.formats import Format, format_of
 from export.settings import EngineSettings
+from export.storage import DataFile
 from runtime.errors import CheckpointError
 from videolavit.config import LanguageModelConfig
-
-PAGE = 4096  # weights begin at a multiple of this, so that a runtime can map them
-INLINE = 4096  # bytes; smaller constants stay in the model file
-
-Place = Callable[[Encoded], TensorProto]  # a tensor that holds a constant's bytes or says where they are
 
 
 def write_language_model(
@@ -46,29 +41,16 @@ def write_language_model(
     plan = outline(config, vocabulary_size, settings.attention, format_of(settings))
     data = path.with_name(f"{path.name}.data")
     with data.open("wb") as stream:
-        constants = _encode_all(plan, tensors, _Beside(stream, data.name))
+        constants = _encode_all(plan, tensors, DataFile(stream, data.name))
     _complete(plan.model, constants)
     onnx.save(plan.model, path)
     return [path, data]
 
 
-def language_model_in_memory(
-    config: LanguageModelConfig, vocabulary_size: int, weights: Mapping[str, np.ndarray], settings: EngineSettings
-) -> onnx.ModelProto:
-    """The engine with its weights inside; each is read once, in graph order. Raises CheckpointError, UsageError."""
-    plan = outline(config, vocabulary_size, settings.attention, format_of(settings))
-    constants = []
-    for weight, form in plan.weights:
-        array = weight.array({name: weights[name] for name in weight.parts if name in weights})
-        constants += [(form, _inside(encoded)) for encoded in form.encode(weight.name, array)]
-    _complete(plan.model, constants)
-    return plan.model
-
-
 def _encode_all(
-    plan: Outline, tensors: Iterable[tuple[str, np.ndarray]], place: Place
+    plan: Outline, tensors: Iterable[tuple[str, np.ndarray]], data: DataFile
 ) -> list[tuple[Format, TensorProto]]:
-    """Every weight of the plan, encoded and placed as soon as its tensors have come."""
+    """Every weight of the plan, encoded and stored as soon as its tensors have come."""
     waiting = {name: (weight, form) for weight, form in plan.weights for name in weight.parts}
     arrived: dict[str, dict[str, np.ndarray]] = {}
     constants: list[tuple[Format, TensorProto]] = []
@@ -80,39 +62,13 @@ def _encode_all(
         parts[name] = array
         if len(parts) == len(weight.parts):
             for encoded in form.encode(weight.name, weight.array(arrived.pop(weight.name))):
-                constants.append((form, place(encoded)))
+                constants.append((form, data(encoded.name, encoded.dtype, encoded.shape, encoded.data)))
     if waiting:
         raise CheckpointError(
             f"checkpoint: weight {min(waiting)} is missing, and {len(waiting) - 1} more; "
             "give a complete checkpoint of this model"
         )
     return constants
-
-
-def _inside(encoded: Encoded) -> TensorProto:
-    """The constant with its bytes in the model."""
-    return TensorProto(name=encoded.name, data_type=encoded.dtype, dims=encoded.shape, raw_data=encoded.data.tobytes())
-
-
-class _Beside:
-    """Puts constants into a data file, small ones into the model."""
-
-    def __init__(self, stream: BinaryIO, location: str) -> None:
-        self._stream = stream
-        self._location = location
-
-    def __call__(self, encoded: Encoded) -> TensorProto:
-        if encoded.data.nbytes < INLINE:
-            return _inside(encoded)
-        end = self._stream.tell()
-        offset = -(-end // PAGE) * PAGE
-        self._stream.write(bytes(offset - end))
-        self._stream.write(np.ascontiguousarray(encoded.data).reshape(-1).view(np.uint8).data)
-        tensor = TensorProto(name=encoded.name, data_type=encoded.dtype, dims=encoded.shape)
-        tensor.data_location = TensorProto.EXTERNAL
-        for key, value in (("location", self._location), ("offset", offset), ("length", encoded.data.nbytes)):
-            tensor.external_data.add(key=key, value=str(value))
-        return tensor
 
 
 def _complete(model: onnx.ModelProto, constants: list[tuple[Format, TensorProto]]) -> None:
