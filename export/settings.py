@@ -9,7 +9,6 @@ engine is taken as it is or refused.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Literal, cast, get_args
 import msgspec
 
 from export.graphs.registry import ENGINES, LANGUAGE_MODEL
+from runtime.amounts import parse_bytes
 from runtime.errors import UsageError
 from videolavit.inventory import UNDERSTANDING
 
@@ -33,7 +33,6 @@ WIDE = ("keyframe_vae_encoder", "keyframe_vae_decoder", "video_vae_encoder")
 UNETS = ("keyframe_unet", "video_unet")
 PROFILES = Path(__file__).resolve().parent.parent / "engines" / "profiles"
 _FLOATS: tuple[Precision, ...] = ("fp32", "fp16", "bf16")
-_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,14 +218,6 @@ def parse_precision(text: str) -> tuple[Precision | None, dict[str, EngineChoice
         else:
             default = precision
     return default, engines
-
-
-def parse_bytes(value: int | str) -> int:
-    """A number of bytes, or a text like "512M" or "4GiB". Raises UsageError."""
-    match = re.fullmatch(r"(\d+)([KMG]?)(?:i?B)?", str(value))
-    if match is None or not int(match[1]):
-        raise UsageError(f"{value!r} is no size; write a number of bytes or something like 512MiB or 4GiB")
-    return int(match[1]) * _UNITS[match[2]]
 
 
 def _from_profile(profile: _Profile) -> ExportSettings:

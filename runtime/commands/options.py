@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from runtime.amounts import parse_bytes
+from runtime.errors import UsageError
+
 if TYPE_CHECKING:
     from runtime.commands.report import Report
     from runtime.pipeline import Pipeline
 
 F = TypeVar("F", bound=Callable[..., Any])
-
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
 class Size(click.ParamType):
@@ -39,12 +40,10 @@ class Bytes(click.ParamType):
     name = "BYTES"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if isinstance(value, int):
-            return value
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMG]?)(?:i?B)?", str(value), re.IGNORECASE)
-        if match is None:
-            self.fail(f"{value!r} is not an amount of memory; write for example 800M or 8G", param, ctx)
-        return int(float(match[1]) * _UNITS[match[2].upper()])
+        try:
+            return parse_bytes(value)
+        except UsageError as error:
+            self.fail(str(error), param, ctx)
 
 
 def model_options(function: F) -> F:
