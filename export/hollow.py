@@ -7,7 +7,7 @@ of which component goes there, and how it is turned first. Nothing that depends 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -22,6 +22,12 @@ from videolavit.config import ModelConfig
 from videolavit.inventory import inventory, module_of
 from videolavit.models.components import build
 
+_TURNS: dict[str, Callable[[np.ndarray, tuple[int, ...]], np.ndarray]] = {
+    "transpose": np.transpose,
+    "squeeze": np.squeeze,
+    "unsqueeze": np.expand_dims,
+}
+
 
 @dataclass(frozen=True)
 class Weight:
@@ -30,7 +36,7 @@ class Weight:
     Attributes:
         component, tensor: name in the checkpoint.
         shape: in the checkpoint.
-        turns: ("transpose", permutation) or ("unsqueeze", axes), in the order of application.
+        turns: ("transpose", permutation), ("squeeze", axes) or ("unsqueeze", axes), in the order of application.
     """
 
     component: str
@@ -41,7 +47,7 @@ class Weight:
     def turned(self, array: np.ndarray) -> np.ndarray:
         """The checkpoint's array in the form that the graph takes; a view where it can be."""
         for kind, axes in self.turns:
-            array = array.transpose(axes) if kind == "transpose" else np.expand_dims(array, axes)
+            array = _TURNS[kind](array, axes)
         return array
 
 
@@ -78,7 +84,7 @@ def trace_hollow(config: ModelConfig, graph: Graph) -> Traced:
 
 
 def fold_turns(traced: Traced) -> Traced:
-    """`traced` with transpositions and inserted axes of weights moved from the graph into `Weight.turns`."""
+    """`traced` with transpositions and axes put in or taken from weights moved from the graph into `Weight.turns`."""
     model = onnx.ModelProto()
     model.CopyFrom(traced.model)
     graph = model.graph
@@ -106,9 +112,9 @@ def _turn(node: onnx.NodeProto, constants: Mapping[str, onnx.NodeProto]) -> tupl
     """What a node does to its first input, if it is a known turn."""
     if node.op_type == "Transpose":
         return "transpose", tuple(next(a.ints for a in node.attribute if a.name == "perm"))
-    if node.op_type == "Unsqueeze" and node.input[1] in constants:
+    if node.op_type in ("Squeeze", "Unsqueeze") and len(node.input) > 1 and node.input[1] in constants:
         axes = numpy_helper.to_array(constants[node.input[1]].attribute[0].t)
-        return "unsqueeze", tuple(int(axis) for axis in axes)
+        return node.op_type.lower(), tuple(int(axis) for axis in axes)
     return None
 
 

@@ -34,19 +34,13 @@ _HALF_OPSET, _HALF_IR = 19, 9  # from which on float16 can be quantised
 
 @dataclass(frozen=True)
 class _Part(Weight):
-    """Half of a quantised weight.
-
-    Attributes:
-        outputs: axis of the output channels in the graph's form.
-        squeezed: axes that the graph would take from the weight.
-    """
+    """Half of a quantised weight; `outputs` is the axis of the output channels in the graph's form."""
 
     outputs: int = 0
-    squeezed: tuple[int, ...] = ()
 
     def quantised(self, array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Codes int8 in the graph's form, and scales [out] float32."""
-        form = np.squeeze(super().turned(array), self.squeezed)
+        form = super().turned(array)
         rows = np.moveaxis(form, self.outputs, 0)  # [out, ...]
         result = quantise(rows.reshape(len(rows), -1), 8, 0)
         return np.moveaxis(result.codes.T.reshape(rows.shape), 0, self.outputs), result.scales.astype(np.float32)
@@ -81,7 +75,6 @@ class _Quantising:
         self.weights = dict(traced.weights)
         graph = model.graph
         self.kinds = {value.name: value.type.tensor_type.elem_type for value in graph.input}
-        self.producer = {name: node for node in graph.node for name in node.output}
         self.made: set[str] = set()  # names of values and constants that were added
         self.nodes: list[onnx.NodeProto] = []
 
@@ -93,12 +86,10 @@ class _Quantising:
                 self.nodes.append(node)
             else:
                 self._product(node, *part)
-        used = {name for node in self.nodes for name in node.input} | {value.name for value in graph.output}
-        nodes = [n for n in self.nodes if n.op_type not in ("Squeeze", "Constant") or n.output[0] in used]
-        used = {name for node in nodes for name in node.input}
+        used = {name for node in self.nodes for name in node.input}
         inputs = [value for value in graph.input if value.name in used or value.name in self.signature.inputs]
         del graph.node[:], graph.input[:]
-        graph.node.extend(nodes)
+        graph.node.extend(self.nodes)
         graph.input.extend(inputs)
         if TensorProto.FLOAT16 in self.kinds.values():
             next(entry for entry in self.model.opset_import if not entry.domain).version = _HALF_OPSET
@@ -109,17 +100,12 @@ class _Quantising:
         """The weight of a product that is to be quantised: its graph input and its source."""
         if node.op_type not in ("Conv", "MatMul") or any(name not in self.weights for name in node.input[2:]):
             return None
-        name, squeezed = node.input[1], tuple[int, ...]()
-        squeeze = self.producer.get(name)
-        if squeeze is not None and squeeze.op_type == "Squeeze":
-            name = squeeze.input[0]
-            axes = numpy_helper.to_array(self.producer[squeeze.input[1]].attribute[0].t)
-            squeezed = tuple(int(axis) for axis in axes)
+        name = node.input[1]
         weight = self.weights.get(name)
         if weight is None or FLOAT.search(weight.tensor) or np.prod(weight.shape) < FEWEST:
             return None
         outputs = 0 if node.op_type == "Conv" else 1
-        return name, _Part(weight.component, weight.tensor, weight.shape, weight.turns, outputs, squeezed)
+        return name, _Part(weight.component, weight.tensor, weight.shape, weight.turns, outputs)
 
     def _product(self, node: onnx.NodeProto, name: str, part: _Part) -> None:
         kind, clip, result = self.kinds[name], self.clips[part.tensor], node.output[0]
@@ -157,9 +143,9 @@ class _Quantising:
         coded = f"{name}.coded"
         if coded not in self.made:
             self.made.add(coded)
-            form = np.squeeze(part.turned(np.broadcast_to(np.float32(0), part.shape)), part.squeezed).shape
+            form = part.turned(np.broadcast_to(np.float32(0), part.shape)).shape
             count = form[part.outputs]
-            own = (part.component, part.tensor, part.shape, part.turns, part.outputs, part.squeezed)
+            own = (part.component, part.tensor, part.shape, part.turns, part.outputs)
             codes = self._declare(f"{name}.codes", _Codes(*own), TensorProto.INT8, form)
             scales = self._declare(f"{name}.scales", _Scales(*own), kind, (count,))
             zeros = self._constant(f"{name}.zeros", np.zeros(count), TensorProto.INT8)
