@@ -7,7 +7,6 @@ Nothing is left under the plan's name unless it is whole.
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -26,7 +25,7 @@ from runtime.backends import cuda, tensorrt_library
 from runtime.backends.tensorrt_plan import PLAN
 from runtime.bundle import BuiltFor
 from runtime.errors import EnvironmentProblem, UsageError
-from runtime.files import writing
+from runtime.files import cache_folder, writing
 from videolavit.config import ModelConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -102,9 +101,11 @@ def build_plan(
     return BuiltPlan(target, built_for, report.layers, report.seconds, report.peak_rss)
 
 
-def _timing_cache(built_for: BuiltFor) -> str:
-    """File of the user's in which the library keeps what it measured on this GPU; TensorRT-RTX measures nothing."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "videolavit"
+def _timing_cache(built_for: BuiltFor) -> str | None:
+    """File in which the library keeps what it measured on this GPU, if it may; TensorRT-RTX measures nothing."""
+    folder = cache_folder()
+    if folder is None:
+        return None
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     name = f"{built_for.library} {' '.join(built_for.compute_capabilities)}.timing".replace(" ", "-")

@@ -1,4 +1,4 @@
-"""Output files that are either complete or not there.
+"""Output files that are either complete or not there, and the folder of what is kept between runs.
 
 Contract: a file is written beside its final name and moved there in one rename; whatever ends the writing early,
 Ctrl-C included, leaves neither a partial file nor the staging file. Nothing is overwritten without `force`.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from runtime.errors import UsageError
@@ -51,3 +51,17 @@ def published(path: Path) -> Iterator[Path]:
             staging.replace(path)
     finally:
         staging.unlink(missing_ok=True)
+
+
+def cache_folder() -> Path | None:
+    """Where what took long to make is kept between runs: `~/.cache/videolavit`, or as VIDEOLAVIT_CACHE says.
+
+    None when that is `off`, or there is no home.
+    """
+    chosen = os.environ.get("VIDEOLAVIT_CACHE")
+    if chosen:
+        return None if chosen == "off" else Path(chosen)
+    with suppress(RuntimeError):  # there may be no home
+        base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        return base / "videolavit" if base.is_absolute() else None
+    return None

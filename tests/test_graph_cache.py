@@ -13,6 +13,7 @@ from runtime.backends import graph_cache
 from runtime.backends.onnxruntime import OnnxRuntimeEngine, load_engine
 from runtime.bundle import Bundle, FileEntry
 from runtime.engines import EngineOptions
+from runtime.files import cache_folder
 
 SHIPPED = Bundle.open(Path(__file__).parent.parent / "engines" / "shapes", check_hashes=False)
 ENTRY = SHIPPED.manifest.engines["visual_merger"]
@@ -66,7 +67,7 @@ def test_nothing_is_kept_where_that_is_not_wanted_or_not_possible(
     assert not kept.exists()
     monkeypatch.delenv("VIDEOLAVIT_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
-    assert graph_cache.folder() == tmp_path / "home" / "videolavit"
+    assert cache_folder() == tmp_path / "home" / "videolavit"
 
 
 def test_a_full_disk_only_means_that_nothing_is_kept(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:

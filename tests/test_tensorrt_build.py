@@ -124,6 +124,7 @@ def test_full_tensorrt_builds_for_the_gpu_it_sees_and_keeps_what_it_measured(
     monkeypatch.setattr(building, "_run", run)
     monkeypatch.setattr(building.tensorrt_library, "version", lambda backend: f"{backend} 10.3.0")
     monkeypatch.setattr(building.cuda, "open_device", lambda: FakeDevice("8.7"))
+    monkeypatch.delenv("VIDEOLAVIT_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     model = small_model(tmp_path / "small.onnx", "Relu")
     built = build_plan("small", model, tmp_path / "small.plan", ROWS, EngineSettings(backend="tensorrt"))

@@ -3,8 +3,7 @@
 Contract: a kept model computes exactly what the original does and loads in half the time or less. It is found by what
 it was made from (`key_of`) and trusted only while its content has the SHA-256 in its name: what is damaged is made
 again. Files appear by rename, whole or not at all; one unused for `UNUSED_DAYS` goes when another is kept. A folder
-that cannot be read or written means working without. `VIDEOLAVIT_CACHE` names another folder than
-`~/.cache/videolavit`, or is `off`.
+that cannot be read or written means working without.
 """
 
 from __future__ import annotations
@@ -19,23 +18,13 @@ from functools import cache
 from pathlib import Path
 
 from runtime.bundle import FileEntry, sha256_of
+from runtime.files import cache_folder
 
 # Bytes of a model. Of a larger one reading the weights takes the time, and optimised it may need twice the disk.
 LARGEST = 64 * 2**20
 UNUSED_DAYS = 30
 _STAGING = ".part"
 _CPU = ("vendor_id", "cpu family", "model", "flags", "CPU ", "Features")  # lines of /proc/cpuinfo that tell processors
-
-
-def folder() -> Path | None:
-    """Where models are kept; None when they are not."""
-    chosen = os.environ.get("VIDEOLAVIT_CACHE")
-    if chosen:
-        return None if chosen == "off" else Path(chosen)
-    with contextlib.suppress(RuntimeError):  # there may be no home
-        base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-        return base / "videolavit" if base.is_absolute() else None
-    return None
 
 
 def key_of(files: Sequence[FileEntry], library: str) -> str | None:
@@ -50,7 +39,7 @@ def key_of(files: Sequence[FileEntry], library: str) -> str | None:
 
 def find(key: str) -> Path | None:
     """The kept model of a key, checked."""
-    place = folder()
+    place = cache_folder()
     if place is None:
         return None
     with contextlib.suppress(OSError):
@@ -64,7 +53,7 @@ def find(key: str) -> Path | None:
 
 def staging(key: str) -> Path | None:
     """Where a model is written before it is kept, if it can be."""
-    place = folder()
+    place = cache_folder()
     if place is None:
         return None
     with contextlib.suppress(OSError):
