@@ -37,7 +37,7 @@ RECIPES := videolavit/training/recipes/shapes
 TRAIN = $(RUN)/videolavit train $(1) --config $(RECIPES)/$(1)$(2).toml --checkpoint build/shapes \
 	-o build/runs/$(1)$(2) --resume
 TOKENIZE = $(RUN)/videolavit tokenize shapes -o build/tokens/$(1) --checkpoint build/shapes --workers 2 --resume
-KEPT := visual_ids,features,keep_logits
+PICTURE_FIELDS := visual_ids,features,keep_logits
 
 shapes-model: $(VENV)/.dev
 	@mkdir -p build/runs build/tokens checkpoints
@@ -48,9 +48,9 @@ shapes-model: $(VENV)/.dev
 	$(call TRAIN,keyframe-vae)
 	$(call TRAIN,video-vae)
 	$(call TRAIN,keyframe-detokenizer)
-	$(call TOKENIZE,clips) --count 7000 --seed 0 --fields $(KEPT),motion_ids
-	$(call TOKENIZE,pictures) --count 4000 --seed 1 --fields $(KEPT)
-	$(call TOKENIZE,pairs) --count 1000 --seed 2 --clips 2 --fields $(KEPT),motion_ids
+	$(call TOKENIZE,clips) --count 7000 --seed 0 --fields $(PICTURE_FIELDS),motion_ids
+	$(call TOKENIZE,pictures) --count 4000 --seed 1 --fields $(PICTURE_FIELDS)
+	$(call TOKENIZE,pairs) --count 1000 --seed 2 --clips 2 --fields $(PICTURE_FIELDS),motion_ids
 	$(call TRAIN,language-model)
 	$(call TRAIN,instruct)
 	$(call TOKENIZE,videos) --count 1200 --seed 3 --fields latents,keyframe,motion_latent,motion_ids

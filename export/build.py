@@ -129,12 +129,16 @@ def verify_engines(engines: EngineSet, checkpoint: Checkpoint, report: Callable[
 
 def _key(checkpoint: Checkpoint, name: str, settings: ExportSettings, compare: bool, digests: dict[str, str]) -> str:
     """Key of everything the files of an engine depend on."""
-    versions = {library: importlib.metadata.version(library) for library in LIBRARIES}
+    versions = _versions()
     own = settings.for_engine(name)
     if own.backend != "onnx":  # asked first, so that a missing library is said before anything is written
         versions[own.backend] = tensorrt_library.version(own.backend)
     config = msgspec.to_builtins(checkpoint.config)
     return content_key([VERSION, versions, name, digests, config, own, compare, CALIBRATION])
+
+
+def _versions() -> dict[str, str]:
+    return {library: importlib.metadata.version(library) for library in LIBRARIES}
 
 
 def _elements(checkpoint: Checkpoint, components: Sequence[str]) -> int:
@@ -152,7 +156,7 @@ def _manifest(checkpoint: Checkpoint, folder: Path, engines: Sequence[Built]) ->
         name=config.name,
         trained=checkpoint.trained,
         source=checkpoint.digest,
-        versions={library: importlib.metadata.version(library) for library in LIBRARIES},
+        versions=_versions(),
         vocabulary=config.vocabulary,
         geometry=config.geometry,
         language_model=LanguageModelShape(

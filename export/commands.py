@@ -90,9 +90,13 @@ def export(
             seconds = (one.export_seconds, one.load_seconds, one.parity_seconds)
             times = ["kept", "", ""] if one.reused else [f"{second:.2f}" for second in seconds]
             table.add_row(one.name, one.entry.precision, f"{one.bytes / MIB:.2f}", *_bounds(one.parity), *times)
+        total = f"{output}: {len(built)} engines, {sum(one.bytes for one in built) / MIB:.1f} MiB"
+        if settings.memory_budget is not None:
+            total += f"; run it with --memory-budget {settings.memory_budget // MIB}M"
         report.result(
-            _text(table) + f"\n{output}: {len(built)} engines, {sum(one.bytes for one in built) / MIB:.1f} MiB",
+            f"{_text(table)}\n{total}",
             bundle=str(output),
+            memory_budget=settings.memory_budget,
             engines=[
                 {
                     "name": one.name,

@@ -58,6 +58,7 @@ class Bounds:
 
 # From the highest precision to the lowest. The preset `tiny` with random weights had at worst, in fp32: all ids, 6e-6,
 # 81 dB; in fp16, of key frames: all ids, 9e-4, 60 dB; with its language model in int4: 46 % of the ids.
+# Those of bf16, of int8 and of clips in fp16 are estimates.
 BOUNDS = {
     "fp32": Bounds(1.0, 1e-3, 50.0, 0.999),
     "fp16": Bounds(0.95, 0.02, 40.0, 0.99),

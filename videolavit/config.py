@@ -246,7 +246,7 @@ def _shapes() -> ModelConfig:
     )
 
 
-CHOSEN_BY_TRIAL = ("image_guidance", "text_guidance", "motion_guidance", "video_guidance", "top_k", "temperature")
+_CHOSEN_BY_TRIAL = ("image_guidance", "text_guidance", "motion_guidance", "video_guidance", "top_k", "temperature")
 
 
 def _tiny() -> ModelConfig:
@@ -271,7 +271,7 @@ def _tiny() -> ModelConfig:
         ),
         keyframe_scheduler=SchedulerSettings(kind="ddim"),
         defaults=msgspec.structs.replace(
-            shapes.defaults, **{name: getattr(TaskDefaults(), name) for name in CHOSEN_BY_TRIAL}
+            shapes.defaults, **{name: getattr(TaskDefaults(), name) for name in _CHOSEN_BY_TRIAL}
         ),
     )
 
