@@ -85,7 +85,7 @@ def page(runs: list[Run], machine: str) -> str:
     for run in runs:
         last = run.validation[-1] if run.validation else run.metrics[-1]
         shown = ", ".join(f"{name} {_short(value)}" for name, value in last.items() if name != "step")
-        steps, batch = run.settings["steps"], run.settings["batch_size"]
+        steps, batch = run.metrics[-1]["step"], run.settings["batch_size"]
         lines.append(f"| [{run.stage}](#{run.stage}) | {steps} | {batch} | {run.seconds:.0f} | {shown} |")
     lines.append(
         f"\nIn all {sum(run.seconds for run in runs) / 3600:.1f} hours in steps, without the tokenising of data."

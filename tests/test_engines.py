@@ -12,9 +12,9 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from language_models import write
 from onnx import TensorProto, helper, numpy_helper
 
-from export.graphs.language_model import build_language_model
 from runtime.backends.onnxruntime import (
     _IDENTITY,
     OnnxRuntimeEngine,
@@ -150,7 +150,8 @@ def test_language_model_of_a_bundle_keeps_the_manifests_limit(tmp_path: Path) ->
     shapes |= {f"{mlp}.gate_proj": (8, 32), f"{mlp}.up_proj": (8, 32), f"{mlp}.down_proj": (32, 8)}
     shapes |= {f"{layer}.{part}_layernorm": (32,) for part in ("input", "post_attention")}
     shapes |= {"model.norm": (32,), "lm_head": (9, 32)}
-    model = build_language_model(config, 9, {f"{name}.weight": np.ones(shape) for name, shape in shapes.items()})
+    weights = {f"{name}.weight": np.ones(shape) for name, shape in shapes.items()}
+    model = onnx.load(write(config, 9, weights, tmp_path / "written.onnx"))
     bundle = bundle_of(tmp_path, {"language_model": model}, LanguageModelShape(max_positions=16))
     with EngineSet(bundle, threads=1) as engines:
         engine = engines.language_model(task="understanding")
