@@ -16,7 +16,8 @@ from videolavit.config import MotionConditionConfig
 from videolavit.models.motion_encoder import MotionConditionEncoder
 from videolavit.training import states
 from videolavit.training.average import Average
-from videolavit.training.loop import _fill_moments, _optimizer
+from videolavit.training.loop import _fill_moments
+from videolavit.training.optimizers import optimizer_of
 from videolavit.training.settings import TrainSettings
 
 SETTINGS = TrainSettings(stage="toy", steps=6, batch_size=2, learning_rate=0.01)
@@ -30,7 +31,7 @@ def sharded(seed: int) -> tuple[nn.Module, torch.optim.Optimizer, Average]:
     for block in encoder.blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(module, mesh=mesh)
-    optimizer = _optimizer(module, SETTINGS)
+    optimizer = optimizer_of(module, SETTINGS)
     _fill_moments(optimizer)
     return module, optimizer, Average(module, 0.9)
 

@@ -280,6 +280,15 @@ def test_a_longer_run_goes_on_from_the_end(checkpoint: Path, tmp_path: Path) -> 
         run(checkpoint, tmp_path / "run", steps=6, resume=True)
 
 
+def test_orthogonal_steps_go_on_to_the_bit(checkpoint: Path, tmp_path: Path) -> None:
+    choices: dict[str, Any] = {"optimizer": "muon", "schedule": "constant", "ema": 0.9}
+    run(checkpoint, tmp_path / "unbroken", **choices)
+    other = toy_checkpoint(tmp_path / "other")
+    run(other, tmp_path / "run", **choices, steps=14)
+    run(other, tmp_path / "run", **choices, resume=True)
+    assert_same_end(tmp_path / "run", tmp_path / "unbroken")
+
+
 def test_options_that_json_has_no_type_for_are_compared_as_well(checkpoint: Path, tmp_path: Path) -> None:
     run(checkpoint, tmp_path / "run", steps=1, options={"scale": [1.0, 2.0]})
     assert run(checkpoint, tmp_path / "run", steps=2, options={"scale": (1.0, 2.0)}, resume=True).steps == 2

@@ -204,7 +204,7 @@ def _shapes() -> ModelConfig:
         ),
         keyframe_unet=KeyframeUNetConfig(
             block_out_channels=(64, 96),
-            transformer_layers=(None, 1),
+            transformer_layers=(1, 1),
             heads=(2, 4),
             layers_per_block=1,
             cross_attention_dim=96,
@@ -262,7 +262,13 @@ def _tiny() -> ModelConfig:
         keyframe_decoder=replace(
             shapes.keyframe_decoder, width=64, depth=2, out_dim=64, projections=(24, 40), pooled_dim=40
         ),
-        keyframe_unet=replace(shapes.keyframe_unet, block_out_channels=(32, 48), cross_attention_dim=64, pooled_dim=40),
+        keyframe_unet=replace(
+            shapes.keyframe_unet,
+            block_out_channels=(32, 48),
+            transformer_layers=(None, 1),
+            cross_attention_dim=64,
+            pooled_dim=40,
+        ),
         keyframe_vae=replace(shapes.keyframe_vae, block_out_channels=(16, 16, 16, 32), layers_per_block=1),
         video_unet=replace(shapes.video_unet, block_out_channels=(32, 32), heads=(2, 2), norm_groups=32),
         video_vae=replace(shapes.video_vae, block_out_channels=(32, 32, 32, 32), norm_groups=32),

@@ -32,6 +32,7 @@ from videolavit.training.errors import TrainingError
 from videolavit.training.interrupts import Interrupts
 from videolavit.training.memory import keep_freed_memory
 from videolavit.training.metrics import Metrics, Window
+from videolavit.training.optimizers import optimizer_of
 from videolavit.training.order import Batches, derived_seed
 from videolavit.training.publishing import publish_stage, rounded
 from videolavit.training.records import Notes, open_run
@@ -122,9 +123,11 @@ class _Trainer:
         self.observer = observer
         self.note = note
         self.sharded = accelerator.distributed_type == DistributedType.FSDP
+        if self.sharded and settings.optimizer == "muon":
+            raise UsageError("optimizer 'muon': needs whole matrices, which FSDP's shards are not; set it to adamw")
         if settings.gradient_checkpointing:
             enable_gradient_checkpointing(stage)
-        self.module, self.optimizer = accelerator.prepare(stage.module, _optimizer(stage.module, settings))
+        self.module, self.optimizer = accelerator.prepare(stage.module, optimizer_of(stage.module, settings))
         if self.sharded:
             stage.module = self.module
         _fill_moments(self.optimizer.optimizer)
@@ -366,16 +369,6 @@ def _accelerator(settings: TrainSettings) -> Accelerator:
     if settings.precision == "fp16" and accelerator.device.type == "cpu":  # accelerate would train in float32
         raise EnvironmentProblem("precision 'fp16': needs a GPU, and none is found; set precision to no or bf16")
     return accelerator
-
-
-def _optimizer(module: nn.Module, settings: TrainSettings) -> torch.optim.AdamW:
-    """AdamW; gains, biases and other vectors are not decayed."""
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": settings.weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=settings.learning_rate, betas=settings.betas)
 
 
 def _fill_moments(optimizer: torch.optim.Optimizer) -> None:

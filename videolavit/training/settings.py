@@ -53,7 +53,8 @@ class TrainSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         warmup_steps: steps over which the rate rises from 0.
         schedule: "cosine" falls to `final_rate` at the last step, "constant" does not fall.
         final_rate: share of `learning_rate` left at the end of the cosine.
-        weight_decay: of AdamW, on matrices and kernels only.
+        optimizer: "muon" orthogonalises the steps of matrices and kernels; the rest, or all, is AdamW's.
+        weight_decay: on matrices and kernels only.
         betas: of AdamW.
         clip_norm: largest norm of the gradient; 0: not clipped.
         precision: mixed precision of the module's forward.
@@ -77,6 +78,7 @@ class TrainSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     warmup_steps: CountOrNone = 0
     schedule: Literal["cosine", "constant"] = "cosine"
     final_rate: Share = 0.0
+    optimizer: Literal["adamw", "muon"] = "adamw"
     weight_decay: NotNegative = 0.01
     betas: tuple[Decay, Decay] = (0.9, 0.99)
     clip_norm: NotNegative = 1.0

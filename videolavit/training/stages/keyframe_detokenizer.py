@@ -32,7 +32,7 @@ from videolavit.training.stage import Stage, StageContext
 from videolavit.training.stages.clips import stacked
 from videolavit.training.stages.held_out import held_out
 from videolavit.training.stages.pictures import FrameRuns, psnr, signed
-from videolavit.training.stages.starting import silence_branches
+from videolavit.training.stages.starting import OUTER_ENDS, silence_branches
 from videolavit.training.stages.visual_tokenizer import keep_as_in_use, kept_in_order
 
 VALIDATION = 16  # pictures
@@ -156,7 +156,7 @@ class KeyframeDetokenizerStage(Stage):
         decoder = copy.deepcopy(checkpoint.component("keyframe_decoder")).requires_grad_(True)
         unet = copy.deepcopy(checkpoint.component("keyframe_unet")).requires_grad_(True)
         if "keyframe_unet" in checkpoint.untrained:
-            silence_branches(unet)
+            silence_branches(unet, OUTER_ENDS)
         size = self.config.geometry.keyframe_size
         scheduler = self.config.keyframe_scheduler
         self.module = KeyframeDetokenizerModule(decoder, unet, scheduler, size, options).train()

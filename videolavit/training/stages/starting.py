@@ -17,6 +17,7 @@ _LAST = (
     ".ff.net.2.",
     ".proj_out.",
 )  # last layers of residual branches, as diffusers calls them
+OUTER_ENDS = (".conv2.", ".proj_out.")  # of those that lie in no other branch: what a transformer learns inside goes on
 
 
 def trainable(context: StageContext, component: str) -> Any:

@@ -38,7 +38,7 @@ from videolavit.training.stage import Stage, StageContext
 from videolavit.training.stages.clips import TokenizedClips, open_tokenized
 from videolavit.training.stages.held_out import held_out_scenes
 from videolavit.training.stages.pictures import psnr, signed
-from videolavit.training.stages.starting import silence_branches, trainable
+from videolavit.training.stages.starting import OUTER_ENDS, silence_branches, trainable
 
 FIELDS = ("latents", "keyframe", "motion_latent", "motion_ids")
 MOVES = 0.015  # length of a vector, detokenizer's scale, below which a cell stands still
@@ -115,7 +115,7 @@ def begin(unet: Any, scaling: float) -> None:
     """
     nn.init.zeros_(unet.conv_out.weight)
     nn.init.zeros_(unet.conv_out.bias)
-    silence_branches(unet, (".conv2.", ".proj_out."))
+    silence_branches(unet, OUTER_ENDS)
     latents = unet.conv_out.out_channels
     unet.conv_in.weight[:, latents : 2 * latents] *= scaling
     unet.conv_in.weight[:, 2 * latents :] *= MOTION_SCALE
