@@ -42,12 +42,12 @@ class Muon(torch.optim.AdamW):
                 self._orthogonal_step(group)
 
     def _orthogonal_step(self, group: dict[str, Any]) -> None:
-        alike: dict[tuple[int, ...], list[Tensor]] = defaultdict(list)
+        alike: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = defaultdict(list)
         for parameter in group["params"]:
             if parameter.grad is not None:
-                alike[tuple(parameter.flatten(1).shape)].append(parameter)
-        for (rows, columns), parameters in alike.items():
-            gradients = [parameter.grad for parameter in parameters]
+                alike[tuple(parameter.flatten(1).shape)].append((parameter, parameter.grad))
+        for (rows, columns), pairs in alike.items():
+            parameters, gradients = ([pair[place] for pair in pairs] for place in (0, 1))
             moments = [self.state[parameter]["exp_avg"] for parameter in parameters]
             torch._foreach_lerp_(moments, gradients, 1 - MOMENTUM)
             ahead = torch._foreach_lerp(gradients, moments, MOMENTUM)  # Nesterov's
