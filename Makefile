@@ -48,12 +48,12 @@ shapes-model: $(VENV)/.dev
 	$(call TRAIN,keyframe-vae)
 	$(call TRAIN,video-vae)
 	$(call TRAIN,keyframe-detokenizer)
-	$(call TOKENIZE,clips) --count 7000 --seed 0 --fields $(PICTURE_FIELDS),motion_ids
-	$(call TOKENIZE,pictures) --count 4000 --seed 1 --fields $(PICTURE_FIELDS)
-	$(call TOKENIZE,pairs) --count 1000 --seed 2 --clips 2 --fields $(PICTURE_FIELDS),motion_ids
+	$(call TOKENIZE,clips) --count 6000 --seed 0 --fields $(PICTURE_FIELDS),motion_ids
+	$(call TOKENIZE,pictures) --count 3000 --seed 1 --fields $(PICTURE_FIELDS)
+	$(call TOKENIZE,pairs) --count 800 --seed 2 --clips 2 --fields $(PICTURE_FIELDS),motion_ids
 	$(call TRAIN,language-model)
 	$(call TRAIN,instruct)
-	$(call TOKENIZE,videos) --count 1200 --seed 3 --fields latents,keyframe,motion_latent,motion_ids
+	$(call TOKENIZE,videos) --count 1500 --seed 3 --fields latents,keyframe,motion_latent,motion_ids
 	$(call TRAIN,video-detokenizer,-short)
 	$(call TRAIN,video-detokenizer)
 	rm -rf checkpoints/shapes && cp -r build/shapes checkpoints/shapes
