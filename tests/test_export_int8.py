@@ -17,6 +17,9 @@ from export.calibration import Calibration, _Magnitudes, calibrate, calibrated_w
 from export.engine import Built, build_engine
 from export.graphs.registry import GRAPHS
 from export.settings import Buckets, EngineSettings, ExportSettings
+from runtime.backends import graph_cache
+from runtime.backends.onnxruntime import open_session
+from runtime.engines import EngineOptions
 from videolavit.checkpoints import Checkpoint, load
 
 INT8 = EngineSettings(precision="int8")
@@ -108,6 +111,16 @@ def test_onnx_runtime_computes_in_integers(quantised: tuple[Path, Built], tmp_pa
     assert not any(products(optimised).values())
     assert count["QLinearConv"] == sum(coded for name, coded in before.items() if "Conv" in name)
     assert count["MatMulIntegerToFloat"] == sum(coded for name, coded in before.items() if "MatMul" in name)
+
+
+def test_sums_do_not_overflow_on_processors_without_vnni(
+    quantised: tuple[Path, Built], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept_by = []
+    monkeypatch.setattr(graph_cache, "key_of", lambda files, library: kept_by.append(library))
+    session = open_session(quantised[0], EngineOptions(threads=1), quantised[1].entry.files)
+    assert session.get_session_options().get_session_config_entry("session.x64quantprecision") == "1"
+    assert "x64quantprecision" in kept_by[0], "a model that was optimised without it is not taken for one with it"
 
 
 @pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx is not installed")
