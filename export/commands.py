@@ -168,7 +168,7 @@ def verify(bundle: str, checkpoint: Path, engines_only: bool, as_json: bool) -> 
         )
     engine_table = _table("engine", "largest error", "allowed", "scale", "")
     task_table = _table("task", "ids", "the same", "latents, relative", "PSNR dB", "SSIM", "")
-    results: dict[str, list[dict[str, Any]]] = {"engines": [], "tasks": []}
+    results: dict[str, Any] = {"engines": [], "tasks": []}
     misses: list[ParityError] = []
 
     def engine_compared(name: str, found: Parity | ParityError) -> None:
@@ -191,6 +191,7 @@ def verify(bundle: str, checkpoint: Path, engines_only: bool, as_json: bool) -> 
 
                 precision = precision_of(opened)
                 bounds = BOUNDS[precision]
+                results["allowed"] = asdict(bounds)
                 _add_task(task_table, f"allowed in {precision}", "", bounds, "")
                 for agreement in compare(opened, source):
                     problem = None

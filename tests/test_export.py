@@ -248,6 +248,7 @@ def test_verify_compares_everything_before_it_fails(
     assert {one["name"]: one["problem"] is not None for one in found["engines"]} == {
         name: name == "visual_encoder" for name in ENGINES
     }
+    assert found["allowed"]["psnr"] == 200
     assert found["tasks"][0]["share"] == 1 and "PSNR 100.0 dB, at least 200" in found["tasks"][0]["problem"]
 
 

@@ -18,7 +18,7 @@ from export.engine import Built, build_engine
 from export.graphs.registry import GRAPHS
 from export.settings import Buckets, EngineSettings, ExportSettings
 from runtime.backends import graph_cache
-from runtime.backends.onnxruntime import open_session
+from runtime.backends.onnxruntime import OnnxRuntimeEngine
 from runtime.engines import EngineOptions
 from videolavit.checkpoints import Checkpoint, load
 
@@ -118,7 +118,8 @@ def test_sums_do_not_overflow_on_processors_without_vnni(
 ) -> None:
     kept_by = []
     monkeypatch.setattr(graph_cache, "key_of", lambda files, library: kept_by.append(library))
-    session = open_session(quantised[0], EngineOptions(threads=1), quantised[1].entry.files)
+    engine = OnnxRuntimeEngine(quantised[0], EngineOptions(threads=1), quantised[1].entry.files)
+    session = engine._session
     assert session.get_session_options().get_session_config_entry("session.x64quantprecision") == "1"
     assert "x64quantprecision" in kept_by[0], "a model that was optimised without it is not taken for one with it"
 
