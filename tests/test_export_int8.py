@@ -13,14 +13,16 @@ import pytest
 import torch
 from onnx import numpy_helper
 
+from export.build import plan
 from export.calibration import Calibration, _Magnitudes, calibrate, calibrated_with, denoised, scene
 from export.engine import Built, build_engine
 from export.graphs.registry import GRAPHS
-from export.settings import Buckets, EngineSettings, ExportSettings
+from export.settings import UNETS, Buckets, EngineSettings, ExportSettings
 from runtime.backends import graph_cache
 from runtime.backends.onnxruntime import OnnxRuntimeEngine
 from runtime.engines import EngineOptions
-from videolavit.checkpoints import Checkpoint, load
+from videolavit.checkpoints import Checkpoint, RandomWeights, load
+from videolavit.config import PRESETS
 
 INT8 = EngineSettings(precision="int8")
 SHORT = Calibration(seeds=(0,), steps=2)
@@ -200,3 +202,16 @@ def test_a_bundle_of_int8_has_such_unets_and_a_bundle_of_int4_has_not() -> None:
 
     assert found("int8") == ["int8", "int8", "int8", "fp16", "fp32"]
     assert found("int4") == ["int4", "fp16", "fp16", "fp16", "fp32"]
+
+
+def test_calibration_counts_in_the_plan_compared_or_not() -> None:
+    official = Checkpoint(PRESETS["video-lavit-7b"], tokenizer=b"", weights=RandomWeights(PRESETS["video-lavit-7b"], 0))
+
+    def memory(precision: str, compare: bool) -> dict[str, int]:
+        settings = ExportSettings(default=EngineSettings(precision=precision))  # type: ignore[arg-type]
+        parts = plan(official, ("generate",), settings, compare=compare)
+        return {part.component: part.memory for part in parts if part.component in UNETS}
+
+    half, integer = memory("fp16", compare=False), memory("int8", compare=False)
+    assert all(integer[name] > 2 * half[name] for name in UNETS), "torch's copy in float32 is there too"
+    assert integer == memory("int8", compare=True)
