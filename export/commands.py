@@ -58,7 +58,8 @@ def export(
     """Turn CHECKPOINT into a bundle of engines; each is compared with torch before anything is published.
 
     CHECKPOINT is a checkpoint of this project or a folder with the official weights. An export that was ended goes on
-    where it stopped when it is run again.
+    where it stopped when it is run again. What each precision costs a trained model, in size, distance from torch and
+    task scores, stands in docs/benchmarks/precisions.md.
     """
     from export.build import export_bundle, plan
     from export.plan import check_fits
