@@ -23,7 +23,7 @@ from usage import cpu_seconds, measured
 from export.commands import choose
 from export.engine import write_engine
 from export.graphs.registry import ENGINES, LANGUAGE_MODEL
-from export.settings import Buckets, EngineSettings
+from export.settings import Backend, Buckets, EngineSettings
 from export.tensorrt import build_plans
 from runtime.backends import tensorrt_library
 from runtime.errors import VideoLavitError
@@ -32,7 +32,7 @@ from videolavit.checkpoints import Checkpoint, RandomWeights
 from videolavit.config import PRESETS, ModelConfig, two_layers
 from videolavit.evaluation.report import machine
 
-BACKEND = "tensorrt-rtx"
+BACKEND: Backend = "tensorrt-rtx"
 MIB = 2**20
 COLUMNS = (
     *("engine", "precision", "ONNX MiB", "written in s", "writer's peak MiB"),
