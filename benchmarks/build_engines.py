@@ -1,117 +1,147 @@
-"""What building TensorRT-RTX engines takes: seconds, memory and bytes, per engine; see docs/benchmarks/engines.md.
+"""What building TensorRT-RTX engines takes: bytes, seconds and memory, for each engine and GPU.
 
 Contract: engines of a preset, or of `slice`, the official widths with two layers of everything, are written with random
-weights and built one after the other; ONNX and plan are deleted before the next. Needs no GPU and runs nothing. A
-refused engine is a row with the reason. CPU seconds are the builder's own.
+weights, streamed as an export does, and built one after the other; ONNX and plans are deleted before the next. Writing
+and every build have a process of their own, whose peak resident memory is its own. Needs no GPU and runs no plan. An
+engine that is refused is a row with the reason. The document is written again after every engine, so what was measured
+stays when the rest is ended.
 
-    PYTHONPATH=. python benchmarks/build_engines.py slice --precision fp16 -o docs/benchmarks/engines.md
+    PYTHONPATH=. python benchmarks/build_engines.py slice -o docs/benchmarks/engines.md
 """
 
 from __future__ import annotations
 
 import argparse
-import resource
 import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from onnx import TensorProto
+from usage import cpu_seconds, measured
 
-from export.graphs.registry import ENGINES, GRAPHS, LANGUAGE_MODEL
-from export.hollow import trace_hollow
-from export.language_model.writing import write_language_model
-from export.narrow import narrow
-from export.settings import Buckets, EngineSettings, Precision, default_precision
-from export.stream import write_streamed
+from export.commands import choose
+from export.engine import write_engine
+from export.graphs.registry import ENGINES, LANGUAGE_MODEL
+from export.settings import Backend, Buckets, EngineSettings
 from export.tensorrt import build_plans
 from runtime.backends import tensorrt_library
 from runtime.errors import VideoLavitError
-from videolavit.checkpoints import RandomWeights
-from videolavit.config import PRESETS, ModelConfig
+from runtime.files import published
+from videolavit.checkpoints import Checkpoint, RandomWeights
+from videolavit.config import PRESETS, ModelConfig, two_layers
+from videolavit.evaluation.report import machine
 
-HALF = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
+BACKEND: Backend = "tensorrt-rtx"
 MIB = 2**20
+COLUMNS = (
+    *("engine", "precision", "ONNX MiB", "written in s", "writer's peak MiB"),
+    *("for", "plan MiB", "layers", "built in s", "CPU s", "builder's peak MiB"),
+)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("preset", choices=("slice", *PRESETS))
-    parser.add_argument("--precision", default="fp16", help="of all engines that have it (default: %(default)s)")
+    parser.add_argument("--precision", default="fp16", help="as `videolavit export` takes it (default: %(default)s)")
     parser.add_argument("--flavour", default="native", choices=("native", "plain"))
-    parser.add_argument("--capabilities", default="8.6,8.9,12.0")
-    parser.add_argument("--capacity", type=int, default=1024, help="positions of the cache (default: %(default)s)")
-    parser.add_argument("--engines", default=",".join(ENGINES))
-    parser.add_argument("-o", "--output", type=Path)
-    arguments = parser.parse_args()
-    config = sliced(PRESETS["video-lavit-7b"]) if arguments.preset == "slice" else PRESETS[arguments.preset]
-    lines = [
-        f"`{arguments.preset}`, {tensorrt_library.version('tensorrt-rtx')}, for {arguments.capabilities}, no GPU:",
-        "",
-        "| engine | precision | ONNX MiB | plan MiB | layers | seconds | CPU seconds | builder's peak MiB |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for name in arguments.engines.split(","):
-        settings = EngineSettings(
-            backend="tensorrt-rtx",
-            precision=default_precision(name, arguments.precision, "tensorrt-rtx"),
-            flavour=arguments.flavour if name == LANGUAGE_MODEL else None,
-            buckets=Buckets(cache_capacities=(min(arguments.capacity, config.language_model.max_positions),)),
-            compute_capabilities=tuple(arguments.capabilities.split(",")),
-        )
-        lines.append(row(name, config, settings))
-        print(lines[-1], flush=True)
-    if arguments.output:
-        arguments.output.write_text("\n".join(lines) + "\n")
-
-
-def row(name: str, config: ModelConfig, settings: EngineSettings) -> str:
-    """Build one engine; its line of the table."""
-    with tempfile.TemporaryDirectory(prefix="videolavit-build-") as folder:
-        try:
-            files = write(name, config, settings, Path(folder) / f"{name}.onnx")
-            before = cpu_of_children()
-            built = build_plans(name, files[0], Path(folder), config, settings)
-        except VideoLavitError as error:
-            return f"| {name} | {settings.precision} | {error} ||||||"
-        cpu = cpu_of_children() - before
-        size = sum(path.stat().st_size for path in files) / MIB
-        plan = sum(one.path.stat().st_size for one in built) / MIB
-        seconds, peak = sum(one.seconds for one in built), max(one.peak_rss for one in built) / MIB
-        cells = f"{size:.1f} | {plan:.1f} | {built[0].layers} | {seconds:.1f} | {cpu:.1f} | {peak:.0f}"
-        return f"| {name} | {settings.precision} | {cells} |"
-
-
-def write(name: str, config: ModelConfig, settings: EngineSettings, path: Path) -> list[Path]:
-    """The engine's ONNX files with random weights."""
-    weights = RandomWeights(config, seed=0)
-    if name == LANGUAGE_MODEL:
-        tensors = ((key, tensor.numpy()) for key, tensor in weights.tensors(name))
-        return write_language_model(config.language_model, config.vocabulary.size, tensors, path, settings)
-    traced = trace_hollow(config, GRAPHS[name])
-    precision: Precision = settings.precision
-    return write_streamed(narrow(traced, HALF[precision]) if precision in HALF else traced, weights, path)
-
-
-def sliced(config: ModelConfig) -> ModelConfig:
-    """Two layers of everything at the widths of `config`, which keeps every kind of operator at its real size."""
-    visual = config.visual_tokenizer
-    return replace(
-        config,
-        name=f"{config.name}, two layers",
-        motion_tokenizer=replace(config.motion_tokenizer, stages=(1, 1, 1, 1)),
-        motion_encoder=replace(config.motion_encoder, depth=2),
-        visual_tokenizer=replace(visual, eva=replace(visual.eva, layers=2), layers=2),
-        keyframe_decoder=replace(config.keyframe_decoder, depth=2),
-        keyframe_unet=replace(config.keyframe_unet, transformer_layers=(None, 1, 1), layers_per_block=1),
-        video_unet=replace(config.video_unet, layers_per_block=1),
-        language_model=replace(config.language_model, layers=2),
+    parser.add_argument(
+        "--capabilities",
+        nargs="+",
+        default=["8.6", "8.9", "12.0"],
+        help="each makes a plan; 8.6,8.9 makes one for both (default: 8.6 8.9 12.0)",
     )
+    parser.add_argument("--capacity", type=int, default=1024, help="positions of the cache (default: %(default)s)")
+    parser.add_argument("--engines", default=",".join(ENGINES), help="separated by commas (default: all)")
+    parser.add_argument("-o", "--output", type=Path, help="Markdown document to write")
+    arguments = parser.parse_args()
+    config = two_layers(PRESETS["video-lavit-7b"]) if arguments.preset == "slice" else PRESETS[arguments.preset]
+    chosen = choose(None, BACKEND, arguments.precision, None)
+    buckets = Buckets(cache_capacities=(min(arguments.capacity, config.language_model.max_positions),))
+    lines = [line_of(COLUMNS), line_of(["---"] * len(COLUMNS))]
+    print(*lines, sep="\n")
+    for name in arguments.engines.split(","):
+        settings = replace(chosen.for_engine(name), buckets=buckets)
+        if name == LANGUAGE_MODEL:
+            settings = replace(settings, flavour=arguments.flavour)
+        for line in rows(name, config, settings, arguments.capabilities):
+            print(line, flush=True)
+            lines.append(line)
+            if arguments.output:
+                with published(arguments.output) as staging:
+                    staging.write_text("\n".join([*head(arguments, config), *lines]) + "\n", encoding="utf-8")
 
 
-def cpu_of_children() -> float:
-    """CPU seconds of processes that have ended."""
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
+def head(arguments: argparse.Namespace, config: ModelConfig) -> list[str]:
+    """What the document says above its table."""
+    flags = f"--precision {arguments.precision} --flavour {arguments.flavour} --capacity {arguments.capacity}"
+    return [
+        "# Building TensorRT-RTX engines",
+        "",
+        f"Written by `benchmarks/build_engines.py {arguments.preset} {flags}` with random weights of `{config.name}`;",
+        "do not edit. Built without a GPU, not run. Seconds are of the machine as it was, CPU seconds the builder's.",
+        "",
+        f"{tensorrt_library.version(BACKEND)} on {machine()}.",
+        "",
+    ]
+
+
+def rows(name: str, config: ModelConfig, settings: EngineSettings, capabilities: Sequence[str]) -> Iterator[str]:
+    """Write one engine and build its plans; their lines of the table."""
+    first = [name, settings.precision]
+    with tempfile.TemporaryDirectory(prefix="videolavit-build-") as folder:
+        written = measured(write, name, config, settings, Path(folder))
+        if "problem" in written:
+            yield line_of([*first, written["problem"]])
+            return
+        first += [f"{written['bytes'] / MIB:.1f}", f"{written['s']:.1f}", f"{written['peak RSS GiB'] * 1024:.0f}"]
+        for targets in capabilities:
+            own = replace(settings, compute_capabilities=tuple(targets.split(",")))
+            built = measured(build, name, config, own, Path(folder))
+            yield line_of([*first, targets, *built_cells(built)])
+
+
+def write(name: str, config: ModelConfig, settings: EngineSettings, folder: Path) -> dict[str, Any]:
+    """The engine's ONNX files in `folder`, and their bytes; or why not."""
+    checkpoint = Checkpoint(config, tokenizer=b"", weights=RandomWeights(config, seed=0))
+    try:
+        files = write_engine(checkpoint, name, folder / f"{name}.onnx", settings)
+    except VideoLavitError as error:
+        return {"problem": str(error)}
+    return {"bytes": sum(path.stat().st_size for path in files)}
+
+
+def build(name: str, config: ModelConfig, settings: EngineSettings, folder: Path) -> dict[str, Any]:
+    """The engine's plans, measured and deleted; or why not."""
+    before = cpu_seconds()
+    try:
+        plans = build_plans(name, folder / f"{name}.onnx", folder / "plans", config, settings)
+    except VideoLavitError as error:
+        return {"problem": str(error)}
+    size = sum(plan.path.stat().st_size for plan in plans)
+    for plan in plans:
+        plan.path.unlink()
+    return {
+        "bytes": size,
+        "layers": plans[0].layers,
+        "build s": sum(plan.seconds for plan in plans),
+        "cpu": cpu_seconds() - before,
+        "peak": max(plan.peak_rss for plan in plans),
+    }
+
+
+def built_cells(built: dict[str, Any]) -> list[str]:
+    """The cells of a plan."""
+    if "problem" in built:
+        return [built["problem"]]
+    cells = [f"{built['bytes'] / MIB:.1f}", str(built["layers"]), f"{built['build s']:.1f}"]
+    return [*cells, f"{built['cpu']:.1f}", f"{built['peak'] / MIB:.0f}"]
+
+
+def line_of(cells: Sequence[str]) -> str:
+    """A line of the table; cells that are left out at its end are empty."""
+    filled = [cell.replace("|", "/") for cell in cells]
+    return f"| {' | '.join([*filled, *[''] * (len(COLUMNS) - len(filled))])} |"
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from export.stage import Stage, content_key
 from runtime.backends import tensorrt_library
 from runtime.bundle import FORMAT, Manifest, Parity, describe_file
 from runtime.engines import EngineSet
+from runtime.errors import ParityError
 from runtime.progress import Observer, Progress, ignore
 from runtime.settings import LanguageModelShape
 from videolavit.checkpoints import Checkpoint
@@ -116,15 +117,22 @@ def export_bundle(
     return list(engines.values())
 
 
-def verify_engines(engines: EngineSet, checkpoint: Checkpoint, report: Callable[[str, Parity], None]) -> None:
-    """Compare every engine of a bundle with torch; `report` is told of each. Raises ParityError at the first miss."""
+def verify_engines(
+    engines: EngineSet, checkpoint: Checkpoint, report: Callable[[str, Parity | ParityError], None]
+) -> None:
+    """Compare every engine of a bundle with torch; `report` is told of each how near it is, or what it misses."""
     for name, entry in engines.bundle.manifest.engines.items():
         task, _, engine = name.rpartition("/")
         seen = checkpoint.for_task(task)
-        if engine == LANGUAGE_MODEL:
-            report(name, check_language_model(engines.language_model(task), seen, entry.precision))
+        try:
+            if engine == LANGUAGE_MODEL:
+                found = check_language_model(engines.language_model(task), seen, entry.precision)
+            else:
+                found = check_engine(engine, engines.get(engine, task), seen, entry.precision)
+        except ParityError as miss:
+            report(name, miss)
         else:
-            report(name, check_engine(engine, engines.get(engine, task), seen, entry.precision))
+            report(name, found)
 
 
 def _key(checkpoint: Checkpoint, name: str, settings: ExportSettings, compare: bool, digests: dict[str, str]) -> str:

@@ -1,7 +1,7 @@
 """`videolavit export` and `videolavit verify`.
 
-Contract: both end in a table on stdout, or in JSON lines with `--json`; a disagreement with torch raises ParityError
-after everything that agrees has been shown.
+Contract: both end in a table on stdout, or in JSON lines with `--json`. A disagreement with torch ends an export at
+once with ParityError; `verify` compares and shows everything, and then raises the first one it found.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from rich.table import Table
 from export.settings import TASKS, Backend, ExportSettings, parse_precision, read_profile
 from runtime.bundle import Bundle, Parity, find
 from runtime.commands.report import Report
-from runtime.errors import BundleError, UsageError
+from runtime.errors import BundleError, ParityError, UsageError
 
 if TYPE_CHECKING:
     from export.end_to_end import Agreement, Bounds
@@ -58,7 +58,8 @@ def export(
     """Turn CHECKPOINT into a bundle of engines; each is compared with torch before anything is published.
 
     CHECKPOINT is a checkpoint of this project or a folder with the official weights. An export that was ended goes on
-    where it stopped when it is run again.
+    where it stopped when it is run again. What each precision costs a trained model, in size, distance from torch and
+    task scores, stands in docs/benchmarks/precisions.md.
     """
     from export.build import export_bundle, plan
     from export.plan import check_fits
@@ -166,33 +167,51 @@ def verify(bundle: str, checkpoint: Path, engines_only: bool, as_json: bool) -> 
         raise BundleError(
             f"{bundle}: was not made from the weights in {checkpoint}; export these or name their own checkpoint"
         )
-    engine_table = _table("engine", "largest error", "allowed", "scale")
-    task_table = _table("task", "ids", "the same", "latents, relative", "PSNR dB", "SSIM")
-    results: dict[str, list[dict[str, Any]]] = {"engines": [], "tasks": []}
+    engine_table = _table("engine", "largest error", "allowed", "scale", "")
+    task_table = _table("task", "ids", "the same", "latents, relative", "PSNR dB", "SSIM", "")
+    results: dict[str, Any] = {"engines": [], "tasks": []}
+    misses: list[ParityError] = []
 
-    def engine_agrees(name: str, parity: Parity) -> None:
-        engine_table.add_row(name, *_bounds(parity), f"{parity.scale:.3g}")
-        results["engines"].append({"name": name, "max_abs_error": parity.max_abs_error, "tolerance": parity.tolerance})
+    def engine_compared(name: str, found: Parity | ParityError) -> None:
+        if isinstance(found, ParityError):
+            misses.append(found)
+            error, problem = found.measured, str(found)
+            engine_table.add_row(name, f"{error:.2g}", f"{found.tolerance:.2g}", "", "missed")
+        else:
+            error, problem = found.max_abs_error, None
+            engine_table.add_row(name, *_bounds(found), f"{found.scale:.3g}", "")
+        results["engines"].append(
+            {"name": name, "max_abs_error": error, "tolerance": found.tolerance, "problem": problem}
+        )
 
     with Report(as_json) as report, EngineSet(opened) as engines:
         try:
-            verify_engines(engines, source, engine_agrees)
+            verify_engines(engines, source, engine_compared)
             if not engines_only:
-                from export.end_to_end import BOUNDS, compare, precision_of
+                from export.end_to_end import BOUNDS, check, compare, precision_of
 
                 precision = precision_of(opened)
                 bounds = BOUNDS[precision]
-                _add_task(task_table, f"allowed in {precision}", "", bounds.share, bounds)
+                results["allowed"] = asdict(bounds)
+                _add_task(task_table, f"allowed in {precision}", "", bounds, "")
                 for agreement in compare(opened, source):
-                    _add_task(task_table, agreement.task, str(agreement.tokens), agreement.share, agreement)
-                    results["tasks"].append(asdict(agreement))
+                    problem = None
+                    try:
+                        check(agreement, bounds)
+                    except ParityError as miss:
+                        misses.append(miss)
+                        problem = str(miss)
+                    _add_task(task_table, agreement.task, str(agreement.tokens), agreement, "missed" if problem else "")
+                    results["tasks"].append({**asdict(agreement), "share": agreement.share, "problem": problem})
         finally:
             report.result(_text(engine_table, task_table), **results)
+    if misses:
+        raise misses[0]
 
 
-def _add_task(table: Table, task: str, tokens: str, share: float, found: Agreement | Bounds) -> None:
+def _add_task(table: Table, task: str, tokens: str, found: Agreement | Bounds, verdict: str) -> None:
     similar = f"{found.latent_error:.2g}", f"{found.psnr:.1f}", f"{found.ssim:.4f}"
-    table.add_row(task, tokens, f"{share:.1%}", *similar)
+    table.add_row(task, tokens, f"{found.share:.1%}", *similar, verdict)
 
 
 def _bounds(parity: Parity | None) -> tuple[str, str]:

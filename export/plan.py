@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from export.calibration import calibrated_with
 from export.graphs.registry import LANGUAGE_MODEL
 from export.settings import EngineSettings, ExportSettings
 from export.tensorrt_shapes import capacities
@@ -26,7 +27,8 @@ PROCESS = 900 * 2**20  # torch, the exporter and ONNX Runtime, bytes
 TRACING = 6.0  # seconds an engine takes whatever its size
 READING = 60e6  # parameters written per second
 COMPARING = 25e6  # parameters compared per second
-BUILDING = 4  # bytes TensorRT's builder needs for a byte of weights; 3 were seen for 4 GB
+IN_TORCH = 6  # bytes of memory a parameter takes there: float32, and what is read of the file
+BUILDING = 4  # bytes TensorRT's builder needs for a byte of weights; 3.2 to 4.3 were seen for 1 to 2 GB, 3 for 4 GB
 
 
 @dataclass(frozen=True)
@@ -87,8 +89,8 @@ def available_memory() -> int:
 def _planned(
     config: ModelConfig, component: str, names: tuple[str, ...], settings: ExportSettings, compare: bool
 ) -> Planned:
-    sizes = [math.prod(shape) for shape in inventory(config, component).values()]
-    parameters = sum(sizes)
+    largest = max(math.prod(shape) for shape in inventory(config, component).values())
+    parameters = _parameters(config, component)
     chosen = [settings.for_engine(name) for name in names]
     files, seconds, memory = 0, 0.0, 0
     for name, own, used in zip(names, chosen, _shares(config, component, parameters, names), strict=True):
@@ -96,14 +98,21 @@ def _planned(
         seconds += TRACING + used / READING + (parameters / COMPARING if compare else 0)
         # One of the parts may be nearly all of its component, but the embedding never is.
         most = used if module_of(component) == LANGUAGE_MODEL else parameters
-        need = 3 * 4 * max(sizes) + 2 * parameters  # one tensor in several forms, the checkpoint's mapped file
+        need = 3 * 4 * largest + 2 * parameters  # one tensor in several forms, the checkpoint's mapped file
         if compare:
-            need = max(need, 6 * parameters)  # torch in float32 and what is read of the file
+            need = max(need, IN_TORCH * parameters)
+        conditions = calibrated_with(module_of(name), own)
+        if conditions:  # it denoises in torch, compared or not, after the conditions for that were made
+            need = max(need, IN_TORCH * parameters, IN_TORCH * sum(_parameters(config, part) for part in conditions))
         if own.backend != "onnx":
             need = max(need, int(BUILDING * BYTES[own.precision] * most))
         memory = max(memory, PROCESS + need)
     precisions = tuple(own.precision for own in chosen)
     return Planned(component, parameters, names, precisions, files, memory, seconds)
+
+
+def _parameters(config: ModelConfig, component: str) -> int:
+    return sum(math.prod(shape) for shape in inventory(config, component).values())
 
 
 def _shares(config: ModelConfig, component: str, parameters: int, names: tuple[str, ...]) -> list[int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -51,6 +52,13 @@ def published(path: Path) -> Iterator[Path]:
             staging.replace(path)
     finally:
         staging.unlink(missing_ok=True)
+
+
+def drop_unused(folder: Path, suffixes: Collection[str], days: float) -> None:
+    """Remove the files in `folder` with one of `suffixes` that nobody has touched for `days`. Raises OSError."""
+    for path in folder.iterdir():
+        if path.suffix in suffixes and time.time() - path.stat().st_mtime > days * 86400:
+            path.unlink()
 
 
 def cache_folder() -> Path | None:

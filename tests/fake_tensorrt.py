@@ -31,7 +31,12 @@ Shape = tuple[int, ...]
 
 
 class FakeDevice:
-    """A `runtime.backends.cuda.Device`; `events` is what it was asked to do, in order."""
+    """A `runtime.backends.cuda.Device`; `events` is what it was asked to do, in order.
+
+    Engines of one that `compiles` may keep their kernels, as those of TensorRT-RTX from 1.0 on.
+    """
+
+    compiles = True
 
     def __init__(self, compute_capability: str = "8.9") -> None:
         self.compute_capability, self.stream = compute_capability, 7
@@ -184,9 +189,56 @@ class FakeEngine:
     def get_aliased_input_tensor(self, output: str) -> str:
         return self.program.aliases.get(output, "")
 
-    def create_execution_context(self, strategy: Any) -> FakeContext:
+    def create_execution_context(self, how: Any) -> FakeContext:
+        strategy, cache = (how.strategy, how.cache) if isinstance(how, FakeRuntimeConfig) else (how, None)
         assert strategy == "user managed"
+        kernel = f"kernel {id(self.program)}".encode()
+        if cache is None or cache.content != kernel:
+            self._device.events.append("compile")
+        if cache is not None:
+            cache.content = kernel
         return FakeContext(self.program, self._device)
+
+
+class FakeRtxEngine(FakeEngine):
+    """An engine whose kernels are compiled when a context is made, and may be cached."""
+
+    def create_runtime_config(self) -> FakeRuntimeConfig:
+        return FakeRuntimeConfig()
+
+
+class FakeRuntimeConfig:
+    def __init__(self) -> None:
+        self.strategy: Any = "static"
+        self.cache: FakeRuntimeCache | None = None
+
+    def set_execution_context_allocation_strategy(self, strategy: Any) -> None:
+        self.strategy = strategy
+
+    def create_runtime_cache(self) -> FakeRuntimeCache:
+        return FakeRuntimeCache()
+
+    def set_runtime_cache(self, cache: FakeRuntimeCache) -> bool:
+        self.cache = cache
+        return True
+
+
+class FakeRuntimeCache:
+    """`driver` stands for everything the library compares before it takes what was kept."""
+
+    driver = b"580 "
+
+    def __init__(self) -> None:
+        self.content = b""
+
+    def serialize(self) -> bytes:
+        return self.driver + self.content
+
+    def deserialize(self, blob: bytes) -> bool:
+        if not blob.startswith(self.driver):
+            return False
+        self.content = blob.removeprefix(self.driver)
+        return True
 
 
 def fake_library(device: FakeDevice, programs: dict[str, Program], loaded: list[str]) -> types.SimpleNamespace:
@@ -202,7 +254,7 @@ def fake_library(device: FakeDevice, programs: dict[str, Program], loaded: list[
                 self._log.log("error", "the magic number\n is wrong")
                 return None
             loaded.append(name)
-            return FakeEngine(programs[name], device)
+            return (FakeRtxEngine if device.compiles else FakeEngine)(programs[name], device)
 
     class Refitter:
         def __init__(self, engine: FakeEngine, log: Any) -> None:

@@ -228,6 +228,30 @@ def test_verify_shows_every_engine_and_task(
     assert "allowed in fp32" in result.stdout and "text question" in result.stdout and "100.0%" in result.stdout
 
 
+def test_verify_compares_everything_before_it_fails(
+    tiny_bundle: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = [case for case in end_to_end.cases(Bundle.open(tiny_bundle)) if case.task == "text question"]
+    monkeypatch.setattr(end_to_end, "cases", lambda bundle: one)
+    monkeypatch.setitem(end_to_end.BOUNDS, "fp32", replace(end_to_end.BOUNDS["fp32"], psnr=200.0))
+    real = parity.check_engine
+
+    def spoilt(name: str, *rest: Any) -> Any:
+        if name == "visual_encoder":  # the first of all
+            raise ParityError(name, 1.0, 0.1, "features")
+        return real(name, *rest)
+
+    monkeypatch.setattr(build, "check_engine", spoilt)
+    result = CliRunner().invoke(verify, [str(tiny_bundle), str(tiny_checkpoint), "--json"])
+    assert isinstance(result.exception, ParityError) and result.exception.component == "visual_encoder"
+    found = json.loads(result.stdout.splitlines()[-1])
+    assert {one["name"]: one["problem"] is not None for one in found["engines"]} == {
+        name: name == "visual_encoder" for name in ENGINES
+    }
+    assert found["allowed"]["psnr"] == 200
+    assert found["tasks"][0]["share"] == 1 and "PSNR 100.0 dB, at least 200" in found["tasks"][0]["problem"]
+
+
 def test_verify_wants_the_checkpoint_of_the_bundle(tiny_bundle: Path, tmp_path: Path) -> None:
     initialise("tiny", 1).save(tmp_path / "other")
     result = CliRunner().invoke(verify, [str(tiny_bundle), str(tmp_path / "other"), "--engines-only"])

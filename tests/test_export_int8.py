@@ -13,11 +13,16 @@ import pytest
 import torch
 from onnx import numpy_helper
 
+from export.build import plan
 from export.calibration import Calibration, _Magnitudes, calibrate, calibrated_with, denoised, scene
 from export.engine import Built, build_engine
 from export.graphs.registry import GRAPHS
-from export.settings import Buckets, EngineSettings, ExportSettings
-from videolavit.checkpoints import Checkpoint, load
+from export.settings import UNETS, Buckets, EngineSettings, ExportSettings
+from runtime.backends import graph_cache
+from runtime.backends.onnxruntime import OnnxRuntimeEngine
+from runtime.engines import EngineOptions
+from videolavit.checkpoints import Checkpoint, RandomWeights, load
+from videolavit.config import PRESETS
 
 INT8 = EngineSettings(precision="int8")
 SHORT = Calibration(seeds=(0,), steps=2)
@@ -110,6 +115,17 @@ def test_onnx_runtime_computes_in_integers(quantised: tuple[Path, Built], tmp_pa
     assert count["MatMulIntegerToFloat"] == sum(coded for name, coded in before.items() if "MatMul" in name)
 
 
+def test_sums_do_not_overflow_on_processors_without_vnni(
+    quantised: tuple[Path, Built], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept_by = []
+    monkeypatch.setattr(graph_cache, "key_of", lambda files, library: kept_by.append(library))
+    engine = OnnxRuntimeEngine(quantised[0], EngineOptions(threads=1), quantised[1].entry.files)
+    session = engine._session
+    assert session.get_session_options().get_session_config_entry("session.x64quantprecision") == "1"
+    assert "x64quantprecision" in kept_by[0], "a model that was optimised without it is not taken for one with it"
+
+
 @pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx is not installed")
 def test_tensorrt_builds_it_with_the_rest_in_half(checkpoint: Checkpoint, tmp_path: Path) -> None:
     settings = EngineSettings(
@@ -186,3 +202,16 @@ def test_a_bundle_of_int8_has_such_unets_and_a_bundle_of_int4_has_not() -> None:
 
     assert found("int8") == ["int8", "int8", "int8", "fp16", "fp32"]
     assert found("int4") == ["int4", "fp16", "fp16", "fp16", "fp32"]
+
+
+def test_calibration_counts_in_the_plan_compared_or_not() -> None:
+    official = Checkpoint(PRESETS["video-lavit-7b"], tokenizer=b"", weights=RandomWeights(PRESETS["video-lavit-7b"], 0))
+
+    def memory(precision: str, compare: bool) -> dict[str, int]:
+        settings = ExportSettings(default=EngineSettings(precision=precision))  # type: ignore[arg-type]
+        parts = plan(official, ("generate",), settings, compare=compare)
+        return {part.component: part.memory for part in parts if part.component in UNETS}
+
+    half, integer = memory("fp16", compare=False), memory("int8", compare=False)
+    assert all(integer[name] > 2 * half[name] for name in UNETS), "torch's copy in float32 is there too"
+    assert integer == memory("int8", compare=True)

@@ -9,33 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fake_tensorrt import FakeDevice, Program, fake_library
+from tensorrt_programs import FakeBundle, entry, multiplier, x
 
 from runtime.backends import cuda, tensorrt, tensorrt_library
 from runtime.backends.tensorrt import TensorRTEngine, TensorRTLanguageModel
 from runtime.backends.tensorrt_plan import scratch_of
-from runtime.bundle import BuiltFor, EngineEntry, FileEntry, TensorEntry
+from runtime.bundle import BuiltFor
 from runtime.errors import BundleError, EnvironmentProblem, UsageError
 
-BUILT = BuiltFor(library="tensorrt-rtx 1.7.1", compute_capabilities=("8.6", "8.9"))
 CACHE, WIDTH = (1, 1), 2  # heads and head width of the cache; width of an embedding
-
-
-def product(arrays: dict[str, np.ndarray]) -> None:
-    arrays["y"][...] = arrays["x"] * arrays["by"]
-
-
-def multiplier(**changes: object) -> Program:
-    """y [B, n] = x [B, n] * by [1], for up to 2 rows of 4, or 8 rows of 8."""
-    return Program(
-        **{
-            "inputs": {"x": ("FLOAT", (-1, -1)), "by": ("FLOAT", (1,))},
-            "outputs": {"y": "FLOAT"},
-            "output_shapes": lambda shapes: {"y": shapes["x"]},
-            "compute": product,
-            "profiles": [{"x": ((1, 4), (2, 4), (2, 4))}, {"x": ((1, 8), (8, 8), (8, 8))}],
-            **changes,
-        }
-    )
 
 
 def language_model(length: int, aliased: bool, prompt: int = 4) -> Program:
@@ -104,19 +86,6 @@ def device(monkeypatch: pytest.MonkeyPatch) -> FakeDevice:
     assert not device.memory and not device.graphs
 
 
-def entry(*paths: str, built_for: BuiltFor | None = BUILT) -> EngineEntry:
-    return EngineEntry(
-        files=tuple(FileEntry(path=path, bytes=1, sha256="") for path in paths),
-        inputs=(
-            TensorEntry(name="x", dtype="float32", shape=("B", "n")),
-            TensorEntry(name="by", dtype="float32", shape=(1,)),
-        ),
-        outputs=(TensorEntry(name="y", dtype="float32", shape=("B", "n")),),
-        backend="tensorrt-rtx",
-        built_for=built_for,
-    )
-
-
 @pytest.fixture
 def engine(tmp_path: Path, device: FakeDevice) -> Callable[[str], TensorRTEngine]:
     """Makes the engine of a program of `PROGRAMS`; closed at the end."""
@@ -131,10 +100,6 @@ def engine(tmp_path: Path, device: FakeDevice) -> Callable[[str], TensorRTEngine
     yield make
     for one in made:
         one.close()
-
-
-def x(rows: int, columns: int = 4) -> np.ndarray:
-    return np.arange(rows * columns, dtype=np.float32).reshape(rows, columns)
 
 
 def test_results_are_the_callers_own(engine: Callable[[str], TensorRTEngine]) -> None:
@@ -233,17 +198,28 @@ def test_what_does_not_fit_is_named_before_anything_runs(
     assert not {"run", "upload"} & set(device.events)
 
 
+def test_an_engine_that_is_let_go_of_gives_back_its_memory(tmp_path: Path, device: FakeDevice) -> None:
+    """As under a memory budget: nobody closes it, whoever holds it may go on using it."""
+    for program in ("multiplier", "unrecordable"):
+        path = tmp_path / f"{program}.plan"
+        path.write_text(program)
+        engine = TensorRTEngine([path], entry(path.name), device)
+        engine.hold(by=np.float32([2]))
+        for _ in range(3):
+            engine(x=x(2))
+        assert device.memory
+        del engine
+        assert not device.memory and not device.graphs
+    model = model_of(tmp_path, device, llm="free")
+    model.start(1, 8)
+    for step in (1, 2, 3, 4):
+        model.forward(embeds((step,)), np.array([1]))
+    assert device.memory and device.graphs
+    del model
+    assert not device.memory and not device.graphs
+
+
 # What a plan was built for
-
-
-class FakeBundle:
-    """The two things of a Bundle that loading an engine uses."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def file(self, file: FileEntry) -> Path:
-        return self.folder / file.path
 
 
 @pytest.mark.parametrize(
@@ -375,6 +351,41 @@ def test_calls_the_cache_cannot_take_are_refused(tmp_path: Path, device: FakeDev
         model.forward(embeds((1,), (1,)), np.array([1, 1]))
     with pytest.raises(UsageError, match=r"5 \+ 1 positions do not fit the cache of 5"):
         model.forward(embeds((1,), (1,)), np.array([1, 1]))
+    model.close()
+
+
+@pytest.mark.parametrize("program", ["free", "long"])
+def test_a_rewound_cache_goes_on_where_it_was_cut(tmp_path: Path, device: FakeDevice, program: str) -> None:
+    model = model_of(tmp_path, device, **{"llm" if program == "free" else "llm_c32": program})
+    model.start(2, 16)
+    model.forward(embeds((1, 2, 3), (10, 20, 99)), np.array([3, 2]))
+    for step in (4, 5, 6):  # recorded and launched by the last
+        model.forward(embeds((step,), (step,)), np.array([1, 1]))
+    assert model.lengths.tolist() == [6, 5]
+    kept = np.array([4, 2])
+    model.rewind(kept)
+    kept[0] = 9  # the engine has its own copy
+    assert model.lengths.tolist() == [4, 2] and model.lengths.dtype == np.int32
+    # What was written behind the cut counts no more, and is overwritten.
+    np.testing.assert_array_equal(model.forward(embeds((100,), (100,)), np.array([1, 1])), [[110], [130]])
+    np.testing.assert_array_equal(model.forward(embeds((100,), (100,)), np.array([1, 1])), [[210], [230]])
+    with pytest.raises(UsageError, match=r"rows of \[6, 4\] positions cannot be shortened to \[7, 4\]"):
+        model.rewind(np.array([7, 4]))
+    with pytest.raises(UsageError, match="one integer a row"):
+        model.rewind(np.array([1]))
+    model.close()
+
+
+def test_a_rewound_row_takes_a_question_of_several_positions(tmp_path: Path, device: FakeDevice) -> None:
+    """As one video is asked several questions: each goes on behind the video."""
+    model = model_of(tmp_path, device, llm_c32="long")
+    model.start(1, 16)
+    model.forward(embeds((1, 2, 3)), np.array([3]))
+    for question, total in (((10, 20), 36), ((5, 5, 5), 21), ((7,), 13)):
+        model.rewind(np.array([3]))
+        np.testing.assert_array_equal(model.forward(embeds(question), np.array([len(question)])), [[total]])
+    model.rewind(np.array([0]))
+    np.testing.assert_array_equal(model.forward(embeds((4, 5)), np.array([2])), [[9]])
     model.close()
 
 

@@ -287,3 +287,28 @@ PRESETS: dict[str, ModelConfig] = {
     "shapes": _shapes(),
     "video-lavit-7b": ModelConfig(name="video-lavit-7b"),
 }
+
+
+def two_layers(config: ModelConfig) -> ModelConfig:
+    """`config` at its own widths with two layers of every kind, to try at real widths what does not depend on depth.
+
+    A UNet keeps its levels, with one layer a block and one of attention in each transformer; autoencoders stay whole,
+    they have two layers a block.
+    """
+    visual = config.visual_tokenizer
+    unet = config.keyframe_unet
+    return replace(
+        config,
+        name=f"{config.name}, two layers",
+        motion_tokenizer=replace(config.motion_tokenizer, stages=(1, 1, 1, 1)),
+        motion_encoder=replace(config.motion_encoder, depth=2),
+        visual_tokenizer=replace(visual, eva=replace(visual.eva, layers=2), layers=2),
+        keyframe_decoder=replace(config.keyframe_decoder, depth=2),
+        keyframe_unet=replace(
+            unet,
+            transformer_layers=tuple(layers and 1 for layers in unet.transformer_layers),
+            layers_per_block=1,
+        ),
+        video_unet=replace(config.video_unet, layers_per_block=1),
+        language_model=replace(config.language_model, layers=2),
+    )

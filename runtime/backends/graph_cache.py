@@ -12,13 +12,12 @@ import contextlib
 import hashlib
 import os
 import platform
-import time
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
 from runtime.bundle import FileEntry, sha256_of
-from runtime.files import cache_folder
+from runtime.files import cache_folder, drop_unused
 
 # Bytes of a model. Of a larger one reading the weights takes the time, and optimised it may need twice the disk.
 LARGEST = 64 * 2**20
@@ -68,10 +67,7 @@ def keep(key: str, staged: Path) -> None:
     """Keep the model in a staging file, and let go of those that nobody has used for long."""
     with contextlib.suppress(OSError):
         staged.rename(staged.with_name(f"{key}.{sha256_of(staged)}.onnx"))
-        for path in staged.parent.iterdir():
-            old = time.time() - path.stat().st_mtime > UNUSED_DAYS * 86400
-            if old and path.suffix in (".onnx", _STAGING):
-                path.unlink()
+        drop_unused(staged.parent, (".onnx", _STAGING), UNUSED_DAYS)
 
 
 def discard(path: Path) -> None:

@@ -9,11 +9,16 @@ files are mapped, not copied, by the library. What it makes of a small model on 
 Matrices in int4 and int8 are multiplied in the library's default way (its `session.qdq_matmulnbits_accuracy_level` is
 4), which rounds activations to int8 too. Keeping them in float32 made decoding three to five times slower; scores were
 off from float32's by 1.5 % to 1.9 % of their scale instead of 2.7 % in int8, and by the same 20 % to 30 % in int4.
+
+Where both factors are in int8, as in UNets, processors with AVX2 or AVX-512 but without VNNI add pairs of products in
+16 bits, which overflow. `session.x64quantprecision` has the library take a slower, exact way there (a UNet's error went
+from 0.047 of its scale to 0.011 on AVX2). Language models must not have it: with it the library makes their blocks of
+int8 weights into a model that it cannot run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,6 +33,7 @@ from runtime.errors import BundleError, EnvironmentProblem, UsageError
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 AUTO = "auto"  # a CUDA device where there is one that works, else the CPU
+_EXACT_SUMS = {"session.x64quantprecision": "1"}  # see the module's docstring
 _INSTALL = {"cpu": 'pip install "videolavit[cpu]"', "cuda": 'pip install "videolavit[gpu]"'}
 _DTYPES: dict[str, np.dtype[Any]] = {
     "tensor(float)": np.dtype(np.float32),
@@ -71,8 +77,13 @@ def choose_provider(wanted: str) -> str:
     return wanted
 
 
-def open_session(model: Path | bytes, options: EngineOptions, files: Sequence[FileEntry] = ()) -> Any:
-    """An onnxruntime.InferenceSession of a model, a file or its content.
+def open_session(
+    model: Path | bytes,
+    options: EngineOptions,
+    files: Sequence[FileEntry] = (),
+    entries: Mapping[str, str] | None = None,
+) -> Any:
+    """An onnxruntime.InferenceSession of a model, a file or its content, with `entries` in its configuration.
 
     `files` are a model's files as its manifest has them, for one that may be kept as it was optimised.
     Raises UsageError for an unknown provider, EnvironmentProblem, or BundleError when the model cannot be read.
@@ -84,24 +95,26 @@ def open_session(model: Path | bytes, options: EngineOptions, files: Sequence[Fi
             f"provider {provider}: this onnxruntime has only {', '.join(ort.get_available_providers())}; "
             f"run `{_INSTALL[provider]}` in an environment without the other onnxruntime package"
         )
-    key = graph_cache.key_of(files, f"{ort.__version__} {ort.get_build_info()}") if provider == "cpu" else None
+    own = dict(entries or {})
+    library = f"{ort.__version__} {ort.get_build_info()} {own}"  # how a kept model was optimised
+    key = graph_cache.key_of(files, library) if provider == "cpu" else None
     if key is None:
-        return _session(ort, model, options, provider)
+        return _session(ort, model, options, provider, own)
     kept = graph_cache.find(key)
     if kept is not None:
         try:
-            return _session(ort, kept, options, provider, optimised=True)
+            return _session(ort, kept, options, provider, own, optimised=True)
         except BundleError:
             graph_cache.discard(kept)
     staged = graph_cache.staging(key)
     if staged is not None:
         try:
-            session = _session(ort, model, options, provider, into=staged)
+            session = _session(ort, model, options, provider, own, into=staged)
             graph_cache.keep(key, staged)
             return session
         except BundleError:  # the disk may be full
             graph_cache.discard(staged)
-    return _session(ort, model, options, provider)
+    return _session(ort, model, options, provider, own)
 
 
 def _session(
@@ -109,6 +122,7 @@ def _session(
     model: Path | bytes,
     options: EngineOptions,
     provider: str,
+    entries: Mapping[str, str],
     optimised: bool = False,
     into: Path | None = None,
 ) -> Any:
@@ -117,6 +131,8 @@ def _session(
     settings = ort.SessionOptions()
     settings.graph_optimization_level = levels.ORT_DISABLE_ALL if optimised else levels.ORT_ENABLE_ALL
     settings.intra_op_num_threads = options.threads or processors()
+    for entry, value in entries.items():
+        settings.add_session_config_entry(entry, value)
     settings.log_severity_level = 4  # what goes wrong is raised; the library's own log would only repeat it
     if into is not None:
         settings.optimized_model_filepath = str(into)
@@ -165,7 +181,7 @@ class OnnxRuntimeEngine:
         self._name = path.stem
         self._device = choose_provider(options.provider)
         self._ort = _library(self._device)
-        self._session = open_session(path, options, files)
+        self._session = open_session(path, options, files, _EXACT_SUMS)
         self._declared = {value.name: value for value in self._session.get_inputs()}
         strange = [f"{name} is {value.type}" for name, value in self._declared.items() if value.type not in _DTYPES]
         if strange:

@@ -55,7 +55,7 @@ class TensorRTEngine:
         name = name_of(entry)
         self._device = device
         self._check = InputCheck(name, entry.inputs)
-        self._plan = Plan(entry.backend, name, files, device)
+        self._plan = Plan(entry.backend, name, files, device, entry.files[0].sha256)
         self._context = self._plan.context()
         self._buffers = {tensor: Buffer(device) for tensor in (*self._plan.inputs, *self._plan.outputs)}
         self._held: dict[str, tuple[Buffer, Shape]] = {}
@@ -109,6 +109,7 @@ class TensorRTLanguageModel:
     def __init__(self, files: Sequence[Path], entry: EngineEntry, device: cuda.Device, max_positions: int) -> None:
         self._backend, self._name, self._device = entry.backend, name_of(entry), device
         self._plans = [path for path in files if path.name.endswith(PLAN)]
+        self._digests = [file.sha256 for file in entry.files if file.path.endswith(PLAN)]
         self._weights = [path for path in files if path not in self._plans][:1]
         lengths = [_LENGTH.search(path.name) for path in self._plans]
         self._lengths = [int(match.group(1)) if match else max_positions for match in lengths]
@@ -197,7 +198,8 @@ class TensorRTLanguageModel:
     def _open(self, index: int) -> None:
         self._opened = -1
         self._contexts: list[Context] = []
-        self._plan = Plan(self._backend, self._name, [self._plans[index], *self._weights], self._device)
+        files = [self._plans[index], *self._weights]
+        self._plan = Plan(self._backend, self._name, files, self._device, self._digests[index])
         self._opened = index
 
     def _free(self) -> None:

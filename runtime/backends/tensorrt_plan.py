@@ -3,13 +3,16 @@
 Contract: a plan is checked against the manifest's record of what it was built for, library version and GPU, before a
 byte of it is deserialised; what does not fit is a BundleError with one line. All plans of a process run on one stream,
 one after the other, and share one piece of activation memory of the size the hungriest needs. A run that repeats the
-one before it, shapes and addresses alike, is recorded as a CUDA graph and from then on launched as one.
+one before it, shapes and addresses alike, is recorded as a CUDA graph and from then on launched as one. Kernels that
+TensorRT-RTX compiles are kept on disk when the plan is closed or given up (`kernel_cache`). What is given up without
+being closed, plan, context or buffer, gives back its memory on the device with its last reference.
 """
 
 from __future__ import annotations
 
 import mmap
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ import numpy as np
 from runtime.backends import tensorrt_library
 from runtime.backends.checks import Shape, describe
 from runtime.backends.cuda import Device
+from runtime.backends.kernel_cache import kernel_cache
 from runtime.bundle import EngineEntry
 from runtime.errors import BundleError, EnvironmentProblem, UsageError
 
@@ -58,17 +62,19 @@ class Buffer:
     def __init__(self, device: Device) -> None:
         self._device = device
         self.address, self.size = 0, 0
+        self._release: Callable[[], object] = _nothing
 
     def at_least(self, size: int) -> int:
         """Address of at least `size` bytes; growing loses the content."""
         if size > self.size or not self.address:
             self.free()
             self.address, self.size = self._device.allocate(size), size
+            self._release = _with(self, self._device.free, self.address)
         return self.address
 
     def free(self) -> None:
-        if self.address:
-            self._device.free(self.address)
+        self._release()
+        self._release = _nothing
         self.address, self.size = 0, 0
 
 
@@ -88,6 +94,17 @@ class Scratch(Buffer):
             self.free()
 
 
+def _nothing() -> None:
+    """There is nothing to give back."""
+
+
+def _with(owner: object, release: Callable[[int], None], handle: int) -> Callable[[], object]:
+    """`release(handle)` once: when it is called, or else with the last reference to `owner`."""
+    finalizer = weakref.finalize(owner, release, handle)
+    finalizer.atexit = False  # the process gives back everything at its end
+    return finalizer
+
+
 @cache
 def scratch_of(device: Device) -> Scratch:
     return Scratch(device)
@@ -99,8 +116,11 @@ class Plan:
     Attributes: `inputs` and `outputs`, names in the plan's order.
     """
 
-    def __init__(self, backend: str, name: str, files: Sequence[Path], device: Device) -> None:
-        """`files` is the plan and, for a plan without weights, the ONNX file to take them from."""
+    def __init__(self, backend: str, name: str, files: Sequence[Path], device: Device, digest: str = "") -> None:
+        """`files` is the plan and, for a plan without weights, the ONNX file to take them from.
+
+        `digest` is the plan's SHA-256, by which its kernels are kept; without one, none are.
+        """
         self._backend, self._name, self._device = backend, name, device
         trt = tensorrt_library.library(backend)
         self._engine = _deserialise(backend, name, files[0])
@@ -111,17 +131,29 @@ class Plan:
         self.outputs = tuple(n for n in names if n not in self.inputs)
         self._ranges = [self._profile(i) for i in range(self._engine.num_optimization_profiles)]
         self._strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        self._contexts: list[Context] = []
+        version = tensorrt_library.version(backend)
+        capability = device.compute_capability
+        self._kernels = kernel_cache(self._engine, digest, version, capability) if digest else None
+        if self._kernels is not None:
+            self._kernels.config.set_execution_context_allocation_strategy(self._strategy)
+            # Also for plans that are let go of without being closed.
+            self._save_kernels = weakref.finalize(self, self._kernels.save)
+        # They know their plan: known from here, the two would keep each other, and the device's memory with them.
+        self._contexts: weakref.WeakSet[Context] = weakref.WeakSet()
         self._scratch = scratch_of(device)
         self._scratch.join()
+        self._leave = weakref.finalize(self, self._scratch.leave)
+        self._leave.atexit = False
 
     def context(self) -> Context:
         """Something to run the plan with; closed with the plan. Raises EnvironmentProblem."""
-        context = self._engine.create_execution_context(self._strategy)
+        how = self._strategy if self._kernels is None else self._kernels.config
+        context = self._engine.create_execution_context(how)
         if context is None:
             raise EnvironmentProblem(f"engine {self._name}: no execution context: {self.last_error()}")
-        self._contexts.append(Context(self, context, self._device, self._scratch))
-        return self._contexts[-1]
+        made = Context(self, context, self._device, self._scratch)
+        self._contexts.add(made)
+        return made
 
     def dtype(self, name: str) -> np.dtype:
         """numpy's type of an input or output. Raises BundleError for one numpy does not have."""
@@ -167,11 +199,14 @@ class Plan:
         """Free the plan; the caller's buffers stay its own."""
         if self._engine is None:
             return
-        for context in self._contexts:
+        if self._kernels is not None:
+            self._save_kernels()
+        for context in list(self._contexts):
             context.close()
         self._contexts.clear()
+        self._kernels = None
         self._engine = None
-        self._scratch.leave()
+        self._leave()
 
     def _profile(self, index: int) -> dict[str, tuple[Shape, Shape]]:
         """Smallest and largest shape of every input."""
@@ -196,6 +231,7 @@ class Context:
         self._memory = 0  # bytes of activations at these shapes
         self._addresses: dict[str, int] = {}
         self._graph = 0  # the recording; 0 is none
+        self._release_graph: Callable[[], object] = _nothing
         self._recordable = True
 
     def set_shapes(self, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
@@ -243,6 +279,8 @@ class Context:
             recorded = self._context.execute_async_v3(self._device.stream)
         finally:
             self._graph = self._device.end_capture()
+            if self._graph:
+                self._release_graph = _with(self, self._device.free_graph, self._graph)
         if not (recorded and self._graph):
             self._free_graph()
             self._plan.last_error()
@@ -258,9 +296,9 @@ class Context:
         self._free_graph()
 
     def _free_graph(self) -> None:
-        if self._graph:
-            self._device.free_graph(self._graph)
-            self._graph = 0
+        self._release_graph()
+        self._release_graph = _nothing
+        self._graph = 0
 
 
 def _within(shape: Shape, low: Shape, high: Shape) -> bool:
