@@ -42,8 +42,11 @@ from runtime.requests import (
     ReconstructionRequest,
     Resolved,
     VideoRequest,
+    keyframe_schedule,
     resolve,
+    video_schedule,
 )
+from runtime.schedulers import make_schedule
 from runtime.tokenizers import TextTokenizer
 
 GENERATE = "generate"
@@ -125,6 +128,7 @@ class Pipeline:
         """Text, a picture, or both -> one picture (reference semantics §12.1, §12.6)."""
         self._watch.begin()
         settings = resolve(request, self._geometry, self._defaults)
+        self._check_schedules(settings)
         sequence = self._prompt_ids(settings.prompt)
         if settings.image is not None:
             # Here, and only here, a picture stands in the prompt without its markers (§12.6).
@@ -142,6 +146,7 @@ class Pipeline:
         """
         self._watch.begin()
         settings = resolve(request, self._geometry, self._defaults)
+        self._check_schedules(settings)
         size = settings.size
         sequence = self._prompt_ids(settings.prompt)
         self._check_room(len(sequence), settings.clips)
@@ -389,7 +394,13 @@ class Pipeline:
         return codes
 
     def _keyframe_settings(self, settings: Resolved, size: tuple[int, int]) -> KeyframeSettings:
-        return KeyframeSettings(size=size, steps=settings.keyframe_steps, guidance=settings.image_guidance)
+        return KeyframeSettings(
+            size=size,
+            steps=settings.keyframe_steps,
+            guidance=settings.image_guidance,
+            guidance_interval=settings.image_guidance_interval,
+            schedule=keyframe_schedule(settings),
+        )
 
     def _video_settings(self, settings: Resolved, size: tuple[int, int]) -> VideoSettings:
         return VideoSettings(
@@ -400,7 +411,20 @@ class Pipeline:
             motion_bucket=settings.motion_bucket,
             noise_augmentation=settings.noise_augmentation,
             decode_chunk=self._defaults.decode_chunk,
+            guidance_interval=settings.video_guidance_interval,
+            schedule=video_schedule(settings),
         )
+
+    def _check_schedules(self, settings: Resolved) -> None:
+        """Raise UsageError for a schedule that does not fit the model, before anything is computed."""
+        loops = [("key frame", self.manifest.keyframe_scheduler, settings.keyframe_steps, keyframe_schedule(settings))]
+        if isinstance(settings, VideoRequest):
+            loops.append(("video", self.manifest.video_scheduler, settings.video_steps, video_schedule(settings)))
+        for loop, scheduler, steps, options in loops:
+            try:
+                make_schedule(scheduler, steps, options)
+            except UsageError as error:
+                raise UsageError(f"{loop}: {error}") from error
 
 
 def _latent_size(size: tuple[int, int]) -> tuple[int, int]:

@@ -57,11 +57,15 @@ def encode(recipe: dict[str, Any]) -> str:
 
 # Settings that are options of the task's command, under the same name.
 _SAMPLING = ("temperature", "top_k", "top_p", "greedy")
-_GUIDANCE = ("keyframe_steps", "text_guidance", "image_guidance", *_SAMPLING)
+_KEYFRAME = ("keyframe_steps", "keyframe_sampler", "keyframe_spacing", "image_guidance", "image_guidance_interval")
+_VIDEO = ("video_steps", "video_sampler", "video_spacing", "video_sigmas", "video_guidance_interval")
 _OPTIONS = {
-    "generate": ("clips", "size", "keyframe_size", "video_steps", "motion_guidance", *_GUIDANCE),
-    "imagine": ("size", *_GUIDANCE),
-    "reconstruct": ("motion", "clips", "start", "size", "video_steps", "compare"),
+    "generate": (
+        *("clips", "size", "keyframe_size", "text_guidance", "motion_guidance"),
+        *(*_KEYFRAME, *_VIDEO, *_SAMPLING),
+    ),
+    "imagine": ("size", "text_guidance", *_KEYFRAME, *_SAMPLING),
+    "reconstruct": ("motion", "clips", "start", "size", *_VIDEO, "compare"),
 }
 
 
@@ -79,7 +83,8 @@ def command_line(recipe: dict[str, Any], output: Path) -> str:
         if value is True:
             words.append(flag)
         elif value is not None and value is not False:
-            words += [flag, "x".join(map(str, value)) if isinstance(value, list | tuple) else str(value)]
+            between = "x" if name.endswith("size") else "-"
+            words += [flag, between.join(map(str, value)) if isinstance(value, list | tuple) else str(value)]
     return shlex.join([*words, "--seed", str(recipe.get("seed")), "-o", str(output)])
 
 

@@ -23,6 +23,8 @@ from videolavit.cli import COMMANDS, main
 ROOT = Path(__file__).parent.parent
 VIDEO = ROOT / "tests" / "data" / "media" / "video7013.mp4"
 QUICK = ["--keyframe-steps", "2", "--video-steps", "2"]
+SCHEDULE = ["--keyframe-sampler", "heun", "--keyframe-spacing", "ays", "--image-guidance-interval", "0.3-5"]
+SCHEDULE += ["--video-spacing", "exponential", "--video-sigmas", "0.02-80.5"]
 
 
 class Run:
@@ -109,10 +111,11 @@ def test_generate_writes_a_clip_with_its_recipe(run, tmp_path: Path) -> None:
     [
         ["generate", 'it\'s a "star"', "--size", "96x64", "--top-k", "7", *QUICK],
         ["generate", "--image", "picture.png", "--greedy", *QUICK],
+        ["generate", "a star", "--video-guidance-interval", "0.5-60", "--video-sampler", "dpmpp-2m", *SCHEDULE, *QUICK],
         ["imagine", "a star", "--keyframe-steps", "2"],
         ["reconstruct", str(VIDEO), "--motion", "tokens", "--start", "1.5", "--video-steps", "2"],
     ],
-    ids=["text", "image", "imagine", "reconstruct"],
+    ids=["text", "image", "schedule", "imagine", "reconstruct"],
 )
 def test_inspect_prints_the_command_that_makes_the_same_file(
     run, tmp_path: Path, picture: Path, arguments: list[str]
@@ -295,6 +298,12 @@ MISTAKES = [
     (["generate", "x", "--clips", "0"], 2, "--clips"),
     (["generate", "x", "--clips", "90"], 2, "--clips"),
     (["generate", "x", "--video-steps", "1"], 2, "--video-steps"),
+    (["generate", "x", "--video-sigmas", "5"], 2, "LOW-HIGH"),
+    (["generate", "x", "--video-sigmas", "5-1"], 2, "--video-sigmas 5-1"),
+    (["generate", "x", "--video-sigmas", "0-1"], 2, "above 0"),
+    (["generate", "x", "--image-guidance-interval", "5-5"], 2, "--image-guidance-interval"),
+    (["generate", "x", "--video-sampler", "ddim"], 2, "--video-sampler"),
+    (["generate", "x", "--keyframe-sampler", "ddim", "--keyframe-spacing", "ays"], 2, "key frame: spacing ays"),
     (["generate", "x", "--temperature", "0"], 2, "--temperature"),
     (["generate", "x", "--temperature", "nan"], 2, "--temperature"),
     (["generate", "x", "--memory-budget", "lots"], 2, "lots"),

@@ -18,11 +18,13 @@ import numpy as np
 from runtime.commands.options import (
     Size,
     choose_seed,
+    keyframe_schedule_options,
     model_options,
     open_pipeline,
     output_options,
     sampling_options,
     seed_option,
+    video_schedule_options,
 )
 from runtime.commands.report import Report
 from runtime.errors import UsageError
@@ -81,6 +83,8 @@ class Job:
     show_default=True,
     help="Make this many, with consecutive seeds, as NAME-1, NAME-2, ...",
 )
+@keyframe_schedule_options
+@video_schedule_options
 @sampling_options
 @output_options
 @model_options

@@ -13,6 +13,7 @@ import click
 from runtime.commands.options import (
     Size,
     choose_seed,
+    keyframe_schedule_options,
     model_options,
     open_pipeline,
     output_options,
@@ -42,6 +43,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg")
 @click.option("--keyframe-steps", type=int, help="Denoising steps.")
 @click.option("--text-guidance", type=float, help="Guidance while image tokens are written.")
 @click.option("--image-guidance", type=float, help="Guidance while the picture is denoised.")
+@keyframe_schedule_options
 @sampling_options
 @output_options
 @model_options
