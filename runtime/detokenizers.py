@@ -13,10 +13,12 @@ import numpy as np
 from runtime import diffusion
 from runtime.bundle import Manifest
 from runtime.engines import EngineSet
+from runtime.errors import UsageError
 from runtime.geometry import CONTEXT_GRID, VAE_FACTOR
 from runtime.images import resize_image, to_signed, to_uint8
 from runtime.noise import Noise
 from runtime.progress import Observer, Progress, Stopwatch
+from runtime.requests import Resolved, VideoRequest, keyframe_schedule, video_schedule
 from runtime.resize import bicubic
 from runtime.schedulers import AS_IT_IS, ScheduleOptions, make_schedule
 
@@ -30,6 +32,17 @@ class KeyframeSettings:
     guidance: float
     guidance_interval: tuple[float, float] | None = None
     schedule: ScheduleOptions = AS_IT_IS
+
+    @classmethod
+    def of(cls, settings: Resolved, size: tuple[int, int]) -> KeyframeSettings:
+        """Those of a resolved request."""
+        return cls(
+            size=size,
+            steps=settings.keyframe_steps,
+            guidance=settings.image_guidance,
+            guidance_interval=settings.image_guidance_interval,
+            schedule=keyframe_schedule(settings),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +66,21 @@ class VideoSettings:
     decode_chunk: int
     guidance_interval: tuple[float, float] | None = None
     schedule: ScheduleOptions = AS_IT_IS
+
+    @classmethod
+    def of(cls, settings: Resolved, manifest: Manifest) -> VideoSettings:
+        """Those of a resolved request to a model."""
+        return cls(
+            size=settings.size,
+            steps=settings.video_steps,
+            guidance=settings.video_guidance,
+            fps=manifest.geometry.fps,
+            motion_bucket=settings.motion_bucket,
+            noise_augmentation=settings.noise_augmentation,
+            decode_chunk=manifest.defaults.decode_chunk,
+            guidance_interval=settings.video_guidance_interval,
+            schedule=video_schedule(settings),
+        )
 
 
 class KeyframeDetokenizer:
@@ -151,3 +179,15 @@ class VideoDetokenizer:
                 self._engines.get("video_vae_decoder"), latents, self._manifest.video_vae_scaling, settings.decode_chunk
             )
         return latents[0], to_uint8(pixels)[0]
+
+
+def check_schedules(manifest: Manifest, settings: Resolved) -> None:
+    """Raise UsageError when a denoising schedule of a resolved request for pictures does not fit the model."""
+    loops = [("key frame", manifest.keyframe_scheduler, settings.keyframe_steps, keyframe_schedule(settings))]
+    if isinstance(settings, VideoRequest):
+        loops.append(("video", manifest.video_scheduler, settings.video_steps, video_schedule(settings)))
+    for loop, scheduler, steps, options in loops:
+        try:
+            make_schedule(scheduler, steps, options)
+        except UsageError as error:
+            raise UsageError(f"{loop}: {error}") from error

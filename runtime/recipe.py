@@ -2,7 +2,7 @@
 
 Contract: a recipe is a JSON object with task, settings, seed, bundle name and digest, and versions. It is stored in the
 output's own metadata (nothing that varies between two equal runs, so equal runs give equal files) and, with the
-seconds each stage took, in `<output>.json` beside it.
+seconds each stage took and the memory, in `<output>.json` beside it.
 """
 
 from __future__ import annotations
@@ -12,13 +12,16 @@ import shlex
 from dataclasses import fields
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
 
 from runtime.bundle import Bundle
 from runtime.files import published
+
+if TYPE_CHECKING:
+    from runtime.pipeline import Pipeline
 
 KEY = "videolavit"  # metadata key; players ignore it
 
@@ -88,10 +91,23 @@ def command_line(recipe: dict[str, Any], output: Path) -> str:
     return shlex.join([*words, "--seed", str(recipe.get("seed")), "-o", str(output)])
 
 
-def write_sidecar(output: Path, recipe: dict[str, Any], seconds: dict[str, float], peak_rss: int) -> Path:
-    """Write `<output>.json`: the recipe, `seconds` per stage, and the peak resident memory in bytes."""
+def costs(pipeline: Pipeline, seconds: dict[str, float] | None = None) -> dict[str, Any]:
+    """What a run cost: seconds per stage (those of the pipeline where none are given) and memory in bytes.
+
+    Memory is the process's at most, in all and per stage, and what every engine took of it.
+    """
+    return {
+        "seconds": {k: round(v, 4) for k, v in (pipeline.seconds if seconds is None else seconds).items()},
+        "peak_rss_bytes": pipeline.peak_rss,
+        "stage_peak_rss_bytes": pipeline.stage_peaks,
+        "engine_bytes": pipeline.engine_bytes,
+    }
+
+
+def write_sidecar(output: Path, recipe: dict[str, Any], cost: dict[str, Any]) -> Path:
+    """Write `<output>.json`: the recipe, and what the run cost (see `costs`)."""
     path = output.with_name(output.name + ".json")
-    document = {**recipe, "seconds": {k: round(v, 4) for k, v in seconds.items()}, "peak_rss_bytes": peak_rss}
+    document = {**recipe, **cost}
     with published(path) as staging:
         staging.write_bytes(msgspec.json.format(msgspec.json.encode(document), indent=2) + b"\n")
     return path

@@ -11,6 +11,7 @@ import pytest
 from golden import assert_close
 
 from runtime.bundle import Bundle
+from runtime.detokenizers import KeyframeSettings, Reinjection
 from runtime.noise import Noise
 from runtime.pipeline import Pipeline
 from runtime.requests import ImageRequest, ReconstructionRequest, VideoRequest, resolve
@@ -61,12 +62,10 @@ def test_key_frames_of_later_clips(pipeline: Pipeline, reference: Reference, opt
     request = VideoRequest(prompt="a red circle", keyframe_steps=6, inverse_rate=0.5, clips=2, **options)
     settings = resolve(request, pipeline.manifest.geometry, pipeline.manifest.defaults)
     frame = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
-    from runtime.detokenizers import Reinjection
-
     codes = np.arange(20)
     size = settings.keyframe_size
     ours, _ = pipeline._keyframes.decode(
-        codes, pipeline._keyframe_settings(settings, size), Noise(5), Reinjection(frame=frame, rate=0.5)
+        codes, KeyframeSettings.of(settings, size), Noise(5), Reinjection(frame=frame, rate=0.5)
     )
     noise = Noise(5)
     start = reference.noise_last_frame(frame, 3, settings, noise)

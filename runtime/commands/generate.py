@@ -183,6 +183,7 @@ def _run(report: Report, pipeline: Any, job: Job, fps: int, force: bool) -> None
     from runtime.video import write_video
 
     before = pipeline.seconds
+    report.plan(pipeline.memory_plan(job.request))
     document = recipe.make_recipe(
         "generate", pipeline.bundle, job.request, job.seed, {"image": job.image_path} if job.image_path else {}
     )
@@ -190,14 +191,16 @@ def _run(report: Report, pipeline: Any, job: Job, fps: int, force: bool) -> None
     write_video(job.output, _frames(clips), fps, metadata={recipe.KEY: recipe.encode(document)}, force=force)
     seconds = {name: value - before.get(name, 0.0) for name, value in pipeline.seconds.items()}
     reached = pipeline.reached
-    sidecar = recipe.write_sidecar(job.output, document, seconds, pipeline.peak_rss)
+    cost = recipe.costs(pipeline, seconds)
+    sidecar = recipe.write_sidecar(job.output, document, cost)
+    fullest = max(pipeline.stage_peaks, key=lambda stage: pipeline.stage_peaks[stage])
     settings: Resolved = job.request
     width, height = settings.size
     frames = pipeline.manifest.geometry.frames + (job.request.clips - 1) * (pipeline.manifest.geometry.frames - 1)
     report.result(
         f"{job.output}: {frames} frames, {width}x{height}, {fps} fps, seed {job.seed}, "
         f"{sum(seconds.values()):.1f} s (first frame after {reached['first frame']:.1f} s), "
-        f"peak memory {pipeline.peak_rss >> 20} MiB (recipe: {sidecar})",
+        f"peak memory {pipeline.peak_rss >> 20} MiB in stage {fullest} (recipe: {sidecar})",
         output=str(job.output),
         sidecar=str(sidecar),
         frames=frames,
@@ -205,10 +208,9 @@ def _run(report: Report, pipeline: Any, job: Job, fps: int, force: bool) -> None
         height=height,
         fps=fps,
         seed=job.seed,
-        seconds=seconds,
+        **cost,
         first_token_seconds=reached["first token"],
         first_frame_seconds=reached["first frame"],
-        peak_rss_bytes=pipeline.peak_rss,
     )
 
 

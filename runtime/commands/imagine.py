@@ -80,9 +80,11 @@ def imagine(
             pipeline.manifest.defaults,
         )
         document = recipe.make_recipe("imagine", pipeline.bundle, request, seed, {"image": image} if image else {})
+        report.plan(pipeline.memory_plan(request))
         result = pipeline.generate_image(request, Noise(seed))
         save_image(output, result.image, {recipe.KEY: recipe.encode(document)}, force=force)
-        sidecar = recipe.write_sidecar(output, document, pipeline.seconds, pipeline.peak_rss)
+        cost = recipe.costs(pipeline)
+        sidecar = recipe.write_sidecar(output, document, cost)
         height, width = result.image.shape[:2]
         report.result(
             f"{output}: {width}x{height}, {len(result.ids)} image tokens, seed {seed}, "
@@ -93,6 +95,5 @@ def imagine(
             height=height,
             seed=seed,
             image_tokens=len(result.ids),
-            seconds=pipeline.seconds,
-            peak_rss_bytes=pipeline.peak_rss,
+            **cost,
         )

@@ -157,10 +157,12 @@ def reconstruct(
         example = request_of(np.zeros((1, 1, 3), np.uint8), np.zeros((1, 2, 1, 1), np.float32))
         document = recipe.make_recipe("reconstruct", pipeline.bundle, example, seed, {"video": video})
         document["settings"] |= {"motion": route, "clips": clips, "start": start, "compare": compare}
+        report.plan(pipeline.memory_plan(example))
         write_video(
             output, frames(), geometry.reconstruction_fps, metadata={recipe.KEY: recipe.encode(document)}, force=force
         )
-        sidecar = recipe.write_sidecar(output, document, pipeline.seconds, pipeline.peak_rss)
+        cost = recipe.costs(pipeline)
+        sidecar = recipe.write_sidecar(output, document, cost)
         means = score.means() if compare else {}
         quality = (
             f"; PSNR {means['psnr']:.2f} dB, SSIM {means['ssim']:.3f} (repeating the key frame: "
@@ -177,8 +179,7 @@ def reconstruct(
             fps=geometry.reconstruction_fps,
             seed=seed,
             **means,
-            seconds=pipeline.seconds,
-            peak_rss_bytes=pipeline.peak_rss,
+            **cost,
         )
 
 
