@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from runtime.errors import UsageError
 from runtime.noise import Noise
 from runtime.schedulers import Past, Schedule
 
@@ -138,16 +139,20 @@ def denoise_video(
 def decode_video(vae_decoder: Engine, latents: np.ndarray, scaling: float, chunk: int) -> np.ndarray:
     """Latents [B, T, 4, h, w] -> frames [B, T, 3, H, W] in about [-1, 1].
 
-    `chunk` frames are decoded at a time, as a video of their own: the decoder sees no frames across a border.
+    `chunk` frames are decoded at a time, as a video of their own: the decoder sees no frames across a border. Each goes
+    straight to its place, so that no second copy of all frames is made. Raises UsageError for no latents at all.
     """
     scaled = latents / np.float32(scaling)
-    videos = [
-        np.concatenate(
-            [vae_decoder(latents=video[first : first + chunk])["frames"] for first in range(0, len(video), chunk)]
-        )
-        for video in scaled
-    ]
-    return np.stack(videos)
+    frames: np.ndarray | None = None
+    for index, video in enumerate(scaled):
+        for first in range(0, len(video), chunk):
+            decoded = vae_decoder(latents=video[first : first + chunk])["frames"]
+            if frames is None:
+                frames = np.empty((*latents.shape[:2], *decoded.shape[1:]), decoded.dtype)
+            frames[index, first : first + chunk] = decoded
+    if frames is None:
+        raise UsageError("video: there are no latents to decode")
+    return frames
 
 
 class _Conditions:

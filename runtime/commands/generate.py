@@ -1,7 +1,7 @@
 """`videolavit generate`: a video from text, a picture, or both.
 
-Contract: one output file per seed, written beside its name and renamed; a clip's frames go to the file as soon as
-they are made. With `--batch` every line of a JSONL file is a job whose keys are this command's options.
+Contract: one output file per seed, written beside its name and renamed; a clip's frames go to the file while the next
+clip is made. With `--batch` every line of a JSONL file is a job whose keys are this command's options.
 """
 
 from __future__ import annotations
@@ -180,7 +180,7 @@ def _read_batch(path: Path, base: VideoRequest, seed: int | None) -> list[Job]:
 def _run(report: Report, pipeline: Any, job: Job, fps: int, force: bool) -> None:
     from runtime import recipe
     from runtime.noise import Noise
-    from runtime.video import write_video
+    from runtime.writer import write_clips
 
     before = pipeline.seconds
     report.plan(pipeline.memory_plan(job.request))
@@ -188,7 +188,7 @@ def _run(report: Report, pipeline: Any, job: Job, fps: int, force: bool) -> None
         "generate", pipeline.bundle, job.request, job.seed, {"image": job.image_path} if job.image_path else {}
     )
     clips = pipeline.generate_video(job.request, Noise(job.seed))
-    write_video(job.output, _frames(clips), fps, metadata={recipe.KEY: recipe.encode(document)}, force=force)
+    write_clips(job.output, _frames(clips), fps, metadata={recipe.KEY: recipe.encode(document)}, force=force)
     seconds = {name: value - before.get(name, 0.0) for name, value in pipeline.seconds.items()}
     reached = pipeline.reached
     cost = recipe.costs(pipeline, seconds)
@@ -215,6 +215,8 @@ def _run(report: Report, pipeline: Any, job: Job, fps: int, force: bool) -> None
 
 
 def _frames(clips: Iterator[ClipResult]) -> Iterator[np.ndarray]:
-    """Frames of the film: a later clip's first frame repeats the one before it and is dropped (§12.4)."""
-    for clip in clips:
-        yield from clip.frames if clip.index == 0 else clip.frames[1:]
+    """Frames [T, H, W, 3] of the film, clip by clip.
+
+    A later clip's first frame repeats the one before it and is dropped (§12.4).
+    """
+    return (clip.frames if clip.index == 0 else clip.frames[1:] for clip in clips)

@@ -6,7 +6,7 @@ the result and reports PSNR and SSIM against it, next to two baselines that use 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -109,7 +109,8 @@ def reconstruct(
     from runtime import recipe
     from runtime.motion.sources import MotionSettings, reconstruction_clips
     from runtime.noise import Noise
-    from runtime.video import probe, write_video
+    from runtime.video import probe
+    from runtime.writer import write_clips
 
     check_output(output, SUFFIXES, force)
     probe(video)  # a file that is no video is refused before a model is opened
@@ -139,27 +140,29 @@ def reconstruct(
             )
             return resolve(request, geometry, defaults)
 
-        def frames() -> Iterator[np.ndarray]:
+        def made() -> Iterator[Sequence[np.ndarray]]:
             nonlocal written
             for clip in source:
                 result = pipeline.reconstruct(request_of(clip.keyframe, clip.grid), noise)
                 written += len(result.frames)
                 if not compare:
-                    yield from result.frames
+                    yield result.frames
                     continue
+                pairs = []
                 height, width = result.frames.shape[1:3]
-                for original, made in zip(
+                for original, frame in zip(
                     originals.of(clip, geometry.frames, (width, height)), result.frames, strict=True
                 ):
-                    score.add(original, made, result.keyframe)
-                    yield np.concatenate([original, made], axis=1)
+                    score.add(original, frame, result.keyframe)
+                    pairs.append(np.concatenate([original, frame], axis=1))
+                yield pairs
 
         example = request_of(np.zeros((1, 1, 3), np.uint8), np.zeros((1, 2, 1, 1), np.float32))
         document = recipe.make_recipe("reconstruct", pipeline.bundle, example, seed, {"video": video})
         document["settings"] |= {"motion": route, "clips": clips, "start": start, "compare": compare}
         report.plan(pipeline.memory_plan(example))
-        write_video(
-            output, frames(), geometry.reconstruction_fps, metadata={recipe.KEY: recipe.encode(document)}, force=force
+        write_clips(
+            output, made(), geometry.reconstruction_fps, metadata={recipe.KEY: recipe.encode(document)}, force=force
         )
         cost = recipe.costs(pipeline)
         sidecar = recipe.write_sidecar(output, document, cost)
