@@ -101,7 +101,9 @@ def test_generate_writes_a_clip_with_its_recipe(run, tmp_path: Path) -> None:
     assert recipe["seed"] == 5
     sidecar = json.loads((tmp_path / "a.mp4.json").read_text())
     assert sidecar["seconds"]["video"] > 0
-    assert sidecar["peak_rss_bytes"] > 0
+    assert sidecar["peak_rss_bytes"] >= max(sidecar["stage_peak_rss_bytes"].values()) > 0
+    assert sidecar["stage_peak_rss_bytes"].keys() == sidecar["seconds"].keys()
+    assert sidecar["engine_bytes"]["video_unet"] > 0
     assert run("generate", "a red circle moving right", "-o", "b.mp4", "--seed", "5", *QUICK).code == 0
     assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
 
@@ -136,8 +138,10 @@ def test_seed_is_drawn_printed_and_recorded(run, tmp_path: Path) -> None:
 
 
 def test_long_video_drops_the_repeated_frame(run, tmp_path: Path) -> None:
-    done = run("generate", "a star", "-o", "a.mp4", "--clips", "2", "--json", *QUICK)
+    done = run("generate", "a star", "-o", "a.mp4", "--clips", "2", "--memory-budget", "2M", "--json", *QUICK)
     assert done.code == 0, done.err
+    [plan] = [event for event in done.events if event["event"] == "memory plan"]
+    assert plan["budget_bytes"] == 2 << 20 and len(plan["loads"]) > len(plan["engine_bytes"])
     assert done.events[-1]["frames"] == 24 + 23 == frames_of(tmp_path / "a.mp4")
     assert {e["stage"] for e in done.events if e["event"] == "progress"} >= {"image tokens", "motion tokens", "video"}
 
@@ -205,6 +209,8 @@ def test_inspect_shows_the_bundle(run) -> None:
     assert done.code == 0
     assert "video_unet" in done.out
     assert "untrained" in done.out or "trained weights" in done.out
+    assert "kept once loaded" in done.out
+    assert "released: " in run("inspect", "shapes", "--memory-budget", "3M").out
     assert json.loads(run("inspect", "shapes", "--json").out)["name"] == "shapes"
 
 

@@ -6,7 +6,7 @@ the result and reports PSNR and SSIM against it, next to two baselines that use 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -140,7 +140,7 @@ def reconstruct(
             )
             return resolve(request, geometry, defaults)
 
-        def made() -> Iterator[Sequence[np.ndarray]]:
+        def made() -> Iterator[Iterable[np.ndarray]]:
             nonlocal written
             for clip in source:
                 result = pipeline.reconstruct(request_of(clip.keyframe, clip.grid), noise)
