@@ -18,9 +18,9 @@ import onnx
 from onnx import TensorProto, helper
 
 from runtime.backends import tensorrt_library
-from runtime.engines import peak_rss
 from runtime.errors import EnvironmentProblem, UsageError, VideoLavitError
 from runtime.files import published, writing
+from runtime.memory import peak_rss
 
 Shape = tuple[int, ...]
 Spans = tuple[Shape, Shape, Shape]  # smallest, best and largest

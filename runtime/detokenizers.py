@@ -13,21 +13,36 @@ import numpy as np
 from runtime import diffusion
 from runtime.bundle import Manifest
 from runtime.engines import EngineSet
+from runtime.errors import UsageError
 from runtime.geometry import CONTEXT_GRID, VAE_FACTOR
 from runtime.images import resize_image, to_signed, to_uint8
 from runtime.noise import Noise
 from runtime.progress import Observer, Progress, Stopwatch
+from runtime.requests import Resolved, VideoRequest, keyframe_schedule, video_schedule
 from runtime.resize import bicubic
-from runtime.schedulers import make_schedule
+from runtime.schedulers import AS_IT_IS, ScheduleOptions, make_schedule
 
 
 @dataclass(frozen=True, kw_only=True)
 class KeyframeSettings:
-    """Size (width, height) in pixels, denoising steps, guidance."""
+    """Size (width, height) in pixels, denoising steps, how to take them, guidance and the noise levels it acts on."""
 
     size: tuple[int, int]
     steps: int
     guidance: float
+    guidance_interval: tuple[float, float] | None = None
+    schedule: ScheduleOptions = AS_IT_IS
+
+    @classmethod
+    def of(cls, settings: Resolved, size: tuple[int, int]) -> KeyframeSettings:
+        """Those of a resolved request."""
+        return cls(
+            size=size,
+            steps=settings.keyframe_steps,
+            guidance=settings.image_guidance,
+            guidance_interval=settings.image_guidance_interval,
+            schedule=keyframe_schedule(settings),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +55,7 @@ class Reinjection:
 
 @dataclass(frozen=True, kw_only=True)
 class VideoSettings:
-    """Size (width, height) in pixels, denoising steps, guidance of first and last frame, and SVD's micro-conditions."""
+    """As of a key frame, but with guidance of first and last frame, and SVD's micro-conditions."""
 
     size: tuple[int, int]
     steps: int
@@ -49,6 +64,23 @@ class VideoSettings:
     motion_bucket: int
     noise_augmentation: float
     decode_chunk: int
+    guidance_interval: tuple[float, float] | None = None
+    schedule: ScheduleOptions = AS_IT_IS
+
+    @classmethod
+    def of(cls, settings: Resolved, manifest: Manifest) -> VideoSettings:
+        """Those of a resolved request to a model."""
+        return cls(
+            size=settings.size,
+            steps=settings.video_steps,
+            guidance=settings.video_guidance,
+            fps=manifest.geometry.fps,
+            motion_bucket=settings.motion_bucket,
+            noise_augmentation=settings.noise_augmentation,
+            decode_chunk=manifest.defaults.decode_chunk,
+            guidance_interval=settings.video_guidance_interval,
+            schedule=video_schedule(settings),
+        )
 
 
 class KeyframeDetokenizer:
@@ -65,7 +97,7 @@ class KeyframeDetokenizer:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Codes [n] -> (latents [4, h, w], picture [H, W, 3] uint8)."""
         width, height = settings.size
-        schedule = make_schedule(self._manifest.keyframe_scheduler, settings.steps)
+        schedule = make_schedule(self._manifest.keyframe_scheduler, settings.steps, settings.schedule)
         scaling = np.float32(self._manifest.keyframe_vae_scaling)
         # More tokens than the trained range are cut (§14, quirk 4).
         codes = codes[: self._manifest.geometry.patches]
@@ -78,7 +110,7 @@ class KeyframeDetokenizer:
             if reinjection is None:
                 latents = noise.normal(*shape) * np.float32(schedule.init_noise_sigma)
             else:
-                start = int(reinjection.rate * settings.steps)
+                start = schedule.first_call(int(reinjection.rate * settings.steps))
                 picture = to_signed(resize_image(reinjection.frame, settings.size))[None]  # [1, 3, H, W]
                 clean = self._engines.get("keyframe_vae_encoder")(image=picture)["latents"] * scaling
                 latents = schedule.add_noise(clean, noise.normal(*shape), start)
@@ -91,8 +123,9 @@ class KeyframeDetokenizer:
                 latents=latents,
                 guidance=settings.guidance,
                 noise=noise,
+                interval=settings.guidance_interval,
                 start=start,
-                on_step=lambda done: self._observer(Progress("keyframe", done, settings.steps - start)),
+                on_step=lambda done: self._observer(Progress("keyframe", done, len(schedule.timesteps) - start)),
             )
             image = self._engines.get("keyframe_vae_decoder")(latents=latents / scaling)["image"]
         return latents[0], to_uint8(image)[0]
@@ -120,7 +153,7 @@ class VideoDetokenizer:
         """
         frames = motion.shape[1]
         with self._watch.stage("video"):
-            schedule = make_schedule(self._manifest.video_scheduler, settings.steps)
+            schedule = make_schedule(self._manifest.video_scheduler, settings.steps, settings.schedule)
             context = bicubic(motion[None], (CONTEXT_GRID, CONTEXT_GRID))
             states = self._engines.get("motion_conditioner")(motion=context)["states"]  # [1, T, 256, C]
             image = to_signed(resize_image(keyframe, settings.size))[None]  # [1, 3, H, W]
@@ -138,10 +171,23 @@ class VideoDetokenizer:
                 motion_bucket=settings.motion_bucket,
                 noise_augmentation=settings.noise_augmentation,
                 initial=initial,
-                on_step=lambda done: self._observer(Progress("video", done, settings.steps)),
+                interval=settings.guidance_interval,
+                on_step=lambda done: self._observer(Progress("video", done, len(schedule.timesteps))),
             )
         with self._watch.stage("video decode"):
             pixels = diffusion.decode_video(
                 self._engines.get("video_vae_decoder"), latents, self._manifest.video_vae_scaling, settings.decode_chunk
             )
         return latents[0], to_uint8(pixels)[0]
+
+
+def check_schedules(manifest: Manifest, settings: Resolved) -> None:
+    """Raise UsageError when a denoising schedule of a resolved request for pictures does not fit the model."""
+    loops = [("key frame", manifest.keyframe_scheduler, settings.keyframe_steps, keyframe_schedule(settings))]
+    if isinstance(settings, VideoRequest):
+        loops.append(("video", manifest.video_scheduler, settings.video_steps, video_schedule(settings)))
+    for loop, scheduler, steps, options in loops:
+        try:
+            make_schedule(scheduler, steps, options)
+        except UsageError as error:
+            raise UsageError(f"{loop}: {error}") from error

@@ -2,7 +2,8 @@
 
 Contract: engines in, latents out, all float32 (reference semantics §8, §9.4). Classifier-free guidance runs both
 branches in one call of 2B rows, the unconditional ones first; unconditional means conditions of zeros and the
-same time ids. Where this departs from the reference (§14): starting latents come from the schedule that is run
+same time ids. Where nothing is guided (outside a guidance interval, or at scale 1) the conditional branch alone is run,
+which is half the work. Where this departs from the reference (§14): starting latents come from the schedule that is run
 (quirk 5), re-injected noise is not scaled twice (quirk 6), equal guidance for all frames is a range with equal
 ends (quirk 7), a decoded chunk never spans two videos (quirk 9). Everything is float32, the VAE too (quirk 8).
 """
@@ -14,13 +15,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from runtime.errors import UsageError
 from runtime.noise import Noise
-from runtime.schedulers import Schedule
+from runtime.schedulers import Past, Schedule
 
 if TYPE_CHECKING:
     from runtime.engines import Engine
 
 OnStep = Callable[[int], None]
+Interval = tuple[float, float]  # noise levels, the lower one first
 
 
 def keyframe_time_ids(size: tuple[int, int]) -> np.ndarray:
@@ -42,6 +45,7 @@ def denoise_keyframe(
     latents: np.ndarray,
     guidance: float,
     noise: Noise,
+    interval: Interval | None = None,
     start: int = 0,
     on_step: OnStep | None = None,
 ) -> np.ndarray:
@@ -49,17 +53,26 @@ def denoise_keyframe(
 
     Args:
         prompt_embeds: [B, P, D]; pooled: [B, D]; time_ids: [B, 6].
-        latents: [B, 4, h, w] as step `start` expects them: normal noise times `schedule.init_noise_sigma` for
-            step 0, or clean latents through `schedule.add_noise` for a later clip (§8.3).
+        latents: [B, 4, h, w] as call `start` expects them: normal noise times `schedule.init_noise_sigma` for
+            call 0, or clean latents through `schedule.add_noise` for a later clip (§8.3).
         noise: drawn from once per step by schedules that need it.
-        start: first step to run, 0 .. n-1.
-        on_step: told the number of steps done.
+        interval: noise levels that are guided; None for all.
+        start: first call of the schedule to make, 0 .. n-1.
+        on_step: told the number of calls made.
     """
-    unet.hold(prompt_embeds=_after_zeros(prompt_embeds), pooled=_after_zeros(pooled), time_ids=_twice(time_ids))
+    conditions = _Conditions(
+        unet, prompt_embeds=_after_zeros(prompt_embeds), pooled=_after_zeros(pooled), time_ids=_twice(time_ids)
+    )
+    scale = np.float32(guidance)
+    guides = _guides(schedule, scale, interval)
+    past: Past = []
     for i in range(start, len(schedule.timesteps)):
-        outputs = unet(latents=_twice(schedule.scale_input(latents, i)), timestep=schedule.timesteps[i : i + 1])
-        predicted = _guided(outputs["noise"], np.float32(guidance))  # [B, 4, h, w]
-        latents = schedule.step(predicted, i, latents, noise.normal(*latents.shape) if schedule.needs_noise else None)
+        conditions.hold(both=guides[i])
+        scaled = schedule.scale_input(latents, i)
+        outputs = unet(latents=_twice(scaled) if guides[i] else scaled, timestep=schedule.timesteps[i : i + 1])
+        predicted = _guided(outputs["noise"], scale) if guides[i] else outputs["noise"]  # [B, 4, h, w]
+        drawn = noise.normal(*latents.shape) if schedule.needs_noise else None
+        latents = schedule.step(predicted, i, latents, drawn, past)
         if on_step is not None:
             on_step(i + 1 - start)
     return latents
@@ -77,6 +90,7 @@ def denoise_video(
     motion_bucket: int,
     noise_augmentation: float,
     initial: np.ndarray,
+    interval: Interval | None = None,
     on_step: OnStep | None = None,
 ) -> np.ndarray:
     """Video latents [B, T, 4, h, w], ready for `decode_video` (§9.4). The schedule draws no noise.
@@ -88,11 +102,12 @@ def denoise_video(
         guidance: of the first and the last frame; linear between them.
         fps, motion_bucket, noise_augmentation: SVD's micro-conditions, given to the network as they are.
         initial: [B, T, 4, h, w] standard normal.
-        on_step: told the number of steps done.
+        interval: noise levels that are guided; None for all.
+        on_step: told the number of calls made.
     """
     rows, frames, channels = initial.shape[:3]
     time_ids = np.tile(np.array([fps, motion_bucket, noise_augmentation], dtype=np.float32), (2 * rows, 1))  # [2B, 3]
-    unet.hold(states=_after_zeros(states), time_ids=time_ids)
+    conditions = _Conditions(unet, states=_after_zeros(states), time_ids=time_ids)
     # Channels of the network's input: noisy latents, image latents, motion. Only the first change from step to step.
     constant = np.concatenate(
         [
@@ -105,11 +120,17 @@ def denoise_video(
     sample[rows:, :, channels:] = constant
     scale = np.linspace(*guidance, frames, dtype=np.float32)[:, None, None, None]  # [T, 1, 1, 1]
 
+    guides = _guides(schedule, scale, interval)
+    past: Past = []
     latents = initial * schedule.init_noise_sigma
     for i in range(len(schedule.timesteps)):
-        sample[:, :, :channels] = _twice(schedule.scale_input(latents, i))
-        outputs = unet(sample=sample, timestep=schedule.timesteps[i : i + 1])
-        latents = schedule.step(_guided(outputs["v"], scale), i, latents)
+        conditions.hold(both=guides[i])
+        scaled = schedule.scale_input(latents, i)
+        for half in (sample[:rows], sample[rows:]):
+            half[:, :, :channels] = scaled
+        outputs = unet(sample=sample if guides[i] else sample[rows:], timestep=schedule.timesteps[i : i + 1])
+        predicted = _guided(outputs["v"], scale) if guides[i] else outputs["v"]  # [B, T, 4, h, w]
+        latents = schedule.step(predicted, i, latents, past=past)
         if on_step is not None:
             on_step(i + 1)
     return latents
@@ -118,16 +139,48 @@ def denoise_video(
 def decode_video(vae_decoder: Engine, latents: np.ndarray, scaling: float, chunk: int) -> np.ndarray:
     """Latents [B, T, 4, h, w] -> frames [B, T, 3, H, W] in about [-1, 1].
 
-    `chunk` frames are decoded at a time, as a video of their own: the decoder sees no frames across a border.
+    `chunk` frames are decoded at a time, as a video of their own: the decoder sees no frames across a border. Each goes
+    straight to its place, so that no second copy of all frames is made. Raises UsageError for no latents at all.
     """
     scaled = latents / np.float32(scaling)
-    videos = [
-        np.concatenate(
-            [vae_decoder(latents=video[first : first + chunk])["frames"] for first in range(0, len(video), chunk)]
-        )
-        for video in scaled
-    ]
-    return np.stack(videos)
+    frames: np.ndarray | None = None
+    for index, video in enumerate(scaled):
+        for first in range(0, len(video), chunk):
+            decoded = vae_decoder(latents=video[first : first + chunk])["frames"]
+            if frames is None:
+                frames = np.empty((*latents.shape[:2], *decoded.shape[1:]), decoded.dtype)
+            frames[index, first : first + chunk] = decoded
+    if frames is None:
+        raise UsageError("video: there are no latents to decode")
+    return frames
+
+
+class _Conditions:
+    """What stays the same through a loop, held by its network for both branches or for the conditional one alone.
+
+    Args:
+        both: inputs of the network with [2B, ...] rows, the unconditional ones first.
+    """
+
+    def __init__(self, unet: Engine, **both: np.ndarray) -> None:
+        self._unet = unet
+        self._values = both
+        self._held: bool | None = None
+
+    def hold(self, both: bool) -> None:
+        """See to it that the network holds rows of `both` branches, or of the conditional one. Uploads on a change."""
+        if both is not self._held:
+            self._unet.hold(**{n: v if both else v[len(v) // 2 :] for n, v in self._values.items()})
+            self._held = both
+
+
+def _guides(schedule: Schedule, scale: np.ndarray | np.float32, interval: Interval | None) -> list[bool]:
+    """Whether each call of the schedule is guided."""
+    levels = schedule.levels
+    if np.all(scale == 1):
+        return [False] * len(levels)
+    low, high = interval or (0.0, np.inf)
+    return [bool(low <= level <= high) for level in levels]
 
 
 def _twice(values: np.ndarray) -> np.ndarray:
@@ -143,4 +196,7 @@ def _after_zeros(values: np.ndarray) -> np.ndarray:
 def _guided(both: np.ndarray, scale: np.ndarray | np.float32) -> np.ndarray:
     """Predictions of both branches [2B, ...] -> guided prediction [B, ...]."""
     unconditional, conditional = np.split(both, 2)
-    return unconditional + scale * (conditional - unconditional)
+    guided = conditional - unconditional
+    guided *= scale
+    guided += unconditional
+    return guided

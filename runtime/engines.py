@@ -1,7 +1,8 @@
 """Engines: what they look like to the pipeline, and which of them are in memory.
 
 Contract: the pipeline knows two protocols and no library. `EngineSet` loads a bundle's engines when they are first
-asked for and, under a memory budget, lets go of those not asked for longest. A released engine goes on working for
+asked for and, under a memory budget, lets go of those that the task in hand needs latest (`runtime.residency`), or were
+not asked for longest where no task was announced. A released engine goes on working for
 whoever still holds it and is freed with the last reference, so ask the set again at each stage and keep none: what
 `hold` was told belongs to the engine object and is gone with it.
 """
@@ -10,20 +11,19 @@ from __future__ import annotations
 
 import importlib
 import os
-import resource
-import sys
 import time
 from collections import OrderedDict
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Protocol, cast
 
 import numpy as np
 
+from runtime import memory
 from runtime.bundle import Bundle, EngineEntry
 from runtime.errors import BundleError
+from runtime.residency import MemoryPlan, Order, Stage, estimate, make_plan, room_for
 
 
 class Engine(Protocol):
@@ -103,17 +103,6 @@ def processors() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def peak_rss() -> int:
-    """Largest resident memory of this process so far, bytes."""
-    with suppress(OSError):  # not every system has this file
-        # What follows below starts, in a new process, at the size of the one that started it; this does not.
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
 # Backend of the manifest -> module with load_engine(bundle, entry, options) and load_language_model(the same)
 _BACKENDS = {
     "onnx": "runtime.backends.onnxruntime",
@@ -128,20 +117,35 @@ class EngineSet:
     """The engines of one bundle, loaded when needed; a context manager.
 
     Args:
-        memory_budget: bytes of engines to keep in memory, counted by the size of their files; None keeps all.
+        memory_budget: bytes of engines to keep in memory; None keeps all. An engine counts as what the process grew by
+            when it was loaded and run, before that and on a GPU as what its files say (`runtime.residency.estimate`).
         threads, provider: see EngineOptions.
+        resident_memory: says how many bytes the process has in memory now, or None where that is not known.
 
     Attributes: `bundle`, `options`, `memory_budget`, `loads` (every load so far, in order).
     """
 
     def __init__(
-        self, bundle: Bundle, *, memory_budget: int | None = None, threads: int | None = None, provider: str = "cpu"
+        self,
+        bundle: Bundle,
+        *,
+        memory_budget: int | None = None,
+        threads: int | None = None,
+        provider: str = "cpu",
+        resident_memory: Callable[[], int | None] = memory.resident,
     ) -> None:
         self.bundle = bundle
         self.options = EngineOptions(provider=provider, threads=threads)
         self.memory_budget = memory_budget
         self.loads: list[EngineLoad] = []
         self._resident: OrderedDict[_Key, Engine | LanguageModelEngine] = OrderedDict()  # least recently used first
+        self._order = Order()
+        on_host = provider == "cpu" and all(entry.backend == "onnx" for entry in bundle.manifest.engines.values())
+        self._memory = resident_memory if on_host else _unknown
+        self._sizes = {name: estimate(entry, provider) for name, entry in bundle.manifest.engines.items()}
+        self._grown: dict[str, int] = {}  # bytes the process grew by while an engine was in use since it was loaded
+        self._using: str | None = None
+        self._before: int | None = None  # bytes of the process when that use began
 
     def get(self, name: str, task: str | None = None) -> Engine:
         """Engine `name`; the one of `task` ("understanding/NAME") where the bundle has its own. Raises BundleError."""
@@ -155,6 +159,20 @@ class EngineSet:
     def resident(self) -> tuple[str, ...]:
         """Names of the engines in memory, least recently used first."""
         return tuple(name for name, _ in self._resident)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes every engine of the bundle takes: the larger of what was estimated and of what was measured."""
+        self._account()
+        return dict(self._sizes)
+
+    def expect(self, stages: Sequence[Stage], task: str | None = None) -> MemoryPlan:
+        """A task is about to run `stages`, with the engines of `task` where there are any; what memory it will take."""
+        engines = self.bundle.manifest.engines
+        found = [tuple(f"{task}/{name}" if f"{task}/{name}" in engines else name for name in one) for one in stages]
+        known = [stage for one in found if (stage := tuple(name for name in one if name in engines))]
+        self._order = Order(known)
+        return make_plan(known, self.sizes, self.memory_budget)
 
     def close(self) -> None:
         """Close every engine in memory."""
@@ -170,8 +188,16 @@ class EngineSet:
     def _get(self, name: str, task: str | None, kind: str) -> Engine | LanguageModelEngine:
         name = self._resolve(name, task)
         key = (name, kind)
-        if key not in self._resident:
-            self._make_room(_size(self.bundle.manifest.engines[name]))
+        there = key in self._resident
+        self._order.reach(name)
+        if there and self._order.now(name) and self._using is not None and self._order.now(self._using):
+            pass  # the engines of a stage take turns: what the one loaded last grows by stays its own
+        elif name != self._using:
+            self._account()
+            self._make_room(name)
+            self._using = name
+            self._before = self._memory()
+        if not there:
             self._resident[key] = self._load(name, kind)
         self._resident.move_to_end(key)
         return self._resident[key]
@@ -187,22 +213,39 @@ class EngineSet:
             "export the bundle with the task that needs it"
         )
 
-    def _make_room(self, size: int) -> None:
-        """Release engines until `size` more bytes fit the budget; one that is larger than the budget stays alone."""
-        if self.memory_budget is None:
+    def _make_room(self, name: str) -> None:
+        """Release engines until `name` fits the budget beside the rest; one larger than the budget stays alone."""
+        others = [one for one, _ in self._resident if one != name]
+        released = room_for(self._sizes[name], others, self._sizes, self.memory_budget, self._order)
+        for key in [key for key in self._resident if key[0] in released]:
+            del self._resident[key]
+        for one in released:
+            self._grown.pop(one, None)
+
+    def _account(self) -> None:
+        """Count what the process grew by as memory of the engine in use."""
+        now = self._memory()
+        if self._using is None or self._before is None or now is None:
             return
-        engines = self.bundle.manifest.engines
-        while self._resident and size + sum(_size(engines[n]) for n, _ in self._resident) > self.memory_budget:
-            self._resident.popitem(last=False)
+        grown = self._grown.get(self._using, 0) + max(0, now - self._before)
+        self._grown[self._using] = grown
+        self._sizes[self._using] = max(self._sizes[self._using], grown)
+        self._before = now
 
     def _load(self, name: str, kind: str) -> Engine | LanguageModelEngine:
         entry = self.bundle.manifest.engines[name]
         started = time.perf_counter()
         backend = importlib.import_module(_BACKENDS[entry.backend])
+        backend.prepare(entry, self.options)  # so that a library is nobody's memory
+        self._before = self._memory()
         engine = getattr(backend, _LOADERS[kind])(self.bundle, entry, self.options)
-        self.loads.append(EngineLoad(name, time.perf_counter() - started, _size(entry), peak_rss()))
+        self.loads.append(EngineLoad(name, time.perf_counter() - started, _size(entry), memory.peak_rss()))
         return engine
 
 
 def _size(entry: EngineEntry) -> int:
     return sum(file.bytes for file in entry.files)
+
+
+def _unknown() -> None:
+    """What a process has of its own says nothing of the memory of a GPU."""

@@ -20,16 +20,24 @@ from typing import Literal
 
 import numpy as np
 
-from runtime import prompts
+from runtime import positions, prompts
 from runtime.bundle import Bundle
 from runtime.context import Context
 from runtime.decoder import DecodingOptions, Phase, generate, image_phase, motion_phase, strip_pad, text_phase
-from runtime.detokenizers import KeyframeDetokenizer, KeyframeSettings, Reinjection, VideoDetokenizer, VideoSettings
-from runtime.engines import EngineSet, peak_rss
+from runtime.detokenizers import (
+    KeyframeDetokenizer,
+    KeyframeSettings,
+    Reinjection,
+    VideoDetokenizer,
+    VideoSettings,
+    check_schedules,
+)
+from runtime.engines import EngineSet
 from runtime.errors import UsageError
 from runtime.geometry import VAE_FACTOR
 from runtime.images import resize_image
 from runtime.media_tokens import MotionTokenizer, VisualTokenizer
+from runtime.memory import peak_rss
 from runtime.motion.grid import TOKENIZER_SCALE, model_motion
 from runtime.noise import Noise
 from runtime.progress import Observer, Progress, Stopwatch, ignore
@@ -40,10 +48,13 @@ from runtime.requests import (
     ImageRequest,
     ImageResult,
     ReconstructionRequest,
+    Request,
     Resolved,
     VideoRequest,
     resolve,
 )
+from runtime.residency import MemoryPlan
+from runtime.stages import stages_of
 from runtime.tokenizers import TextTokenizer
 
 GENERATE = "generate"
@@ -119,20 +130,34 @@ class Pipeline:
         """Largest resident memory of this process so far, bytes."""
         return peak_rss()
 
+    @property
+    def stage_peaks(self) -> dict[str, int]:
+        """Largest resident memory of this process during each stage, bytes."""
+        return dict(self._watch.peaks)
+
+    @property
+    def engine_bytes(self) -> dict[str, int]:
+        """Memory of every engine loaded so far, as measured or estimated, bytes; the unit of the memory budget."""
+        sizes = self._engines.sizes
+        return {load.name: sizes[load.name] for load in self._engines.loads}
+
+    def memory_plan(self, request: Request) -> MemoryPlan:
+        """What running a request will load and release. Raises UsageError."""
+        return self._expect(resolve(request, self._geometry, self._defaults))
+
     # --- tasks -----------------------------------------------------------------------------------------------
 
     def generate_image(self, request: ImageRequest, noise: Noise) -> ImageResult:
         """Text, a picture, or both -> one picture (reference semantics §12.1, §12.6)."""
         self._watch.begin()
         settings = resolve(request, self._geometry, self._defaults)
+        self._begin(settings)
         sequence = self._prompt_ids(settings.prompt)
         if settings.image is not None:
             # Here, and only here, a picture stands in the prompt without its markers (§12.6).
             sequence += self._picture_ids(settings.image, noise)[1:-1]
         ids = self._write_image(sequence, settings, noise)
-        latents, image = self._keyframes.decode(
-            self._codes(ids), self._keyframe_settings(settings, settings.size), noise
-        )
+        latents, image = self._keyframes.decode(self._codes(ids), KeyframeSettings.of(settings, settings.size), noise)
         return ImageResult(ids=tuple(ids), latents=latents, image=image)
 
     def generate_video(self, request: VideoRequest, noise: Noise) -> Iterator[ClipResult]:
@@ -142,10 +167,11 @@ class Pipeline:
         """
         self._watch.begin()
         settings = resolve(request, self._geometry, self._defaults)
+        self._begin(settings)
         size = settings.size
         sequence = self._prompt_ids(settings.prompt)
-        self._check_room(len(sequence), settings.clips)
-        reserve = self._positions(len(sequence), settings)
+        positions.check_room(self.manifest, len(sequence), settings.clips)
+        reserve = positions.reserve(self.manifest, len(sequence), settings)
         last_frame: np.ndarray | None = None
         for index in range(settings.clips):
             picture_given = index == 0 and settings.image is not None
@@ -163,7 +189,7 @@ class Pipeline:
             else:
                 _, keyframe = self._keyframes.decode(
                     self._codes(image_ids),
-                    self._keyframe_settings(settings, settings.keyframe_size),
+                    KeyframeSettings.of(settings, settings.keyframe_size),
                     noise,
                     None if last_frame is None else Reinjection(frame=last_frame, rate=settings.inverse_rate),
                 )
@@ -171,7 +197,7 @@ class Pipeline:
             motion = MotionTokenizer(self._engines, self._geometry, GENERATE).decode(
                 motion_codes[None], _latent_size(size)
             )[0]
-            latents, frames = self._videos.decode(keyframe, motion, self._video_settings(settings, size), noise)
+            latents, frames = self._videos.decode(keyframe, motion, VideoSettings.of(settings, self.manifest), noise)
             last_frame = frames[-1]
             self._watch.reach("first frame")
             yield ClipResult(
@@ -186,6 +212,7 @@ class Pipeline:
     def reconstruct(self, request: ReconstructionRequest, noise: Noise) -> ClipResult:
         """A key frame and the motion that followed it -> the clip again (§12.7), raw or through tokens (§9.4)."""
         settings = resolve(request, self._geometry, self._defaults)
+        self._expect(settings)
         size = settings.size
         motion_ids: tuple[int, ...] = ()
         if settings.through_tokens:
@@ -197,7 +224,7 @@ class Pipeline:
         else:
             motion = model_motion(settings.motion, _latent_size(size))
         keyframe = resize_image(settings.keyframe, size)
-        latents, frames = self._videos.decode(keyframe, motion, self._video_settings(settings, size), noise)
+        latents, frames = self._videos.decode(keyframe, motion, VideoSettings.of(settings, self.manifest), noise)
         return ClipResult(
             index=0, image_ids=(), motion_ids=motion_ids, keyframe=keyframe, latents=latents, frames=frames
         )
@@ -206,6 +233,7 @@ class Pipeline:
         """A question about a picture, a video, or nothing -> text (§13)."""
         self._watch.begin()
         settings = resolve(request, self._geometry, self._defaults)
+        self._expect(settings)
         return self._answer(settings, self._media_embeds(settings, noise), noise)
 
     def answers(
@@ -221,6 +249,7 @@ class Pipeline:
             self._watch.begin()
             settings = resolve(replace(request, question=question), self._geometry, self._defaults)
             if media is None:
+                self._expect(settings)
                 noise = copy.deepcopy(noise)
                 media = self._media_embeds(settings, noise)
             yield question, self._answer(settings, media, copy.deepcopy(noise))
@@ -356,30 +385,6 @@ class Pipeline:
             self._observer(Progress(stage, count, options.exact))
             yield int(step.tokens[0])
 
-    def _check_room(self, prompt: int, clips: int) -> None:
-        """Raise UsageError when `clips` clips after `prompt` text tokens cannot fit the language model.
-
-        Later clips are written with all earlier ones in view (§12.4); better to say so now than after hours.
-        """
-        positions = self.manifest.language_model.max_positions
-        clip = self._geometry.motion_tokens + 4  # with the markers of image and motion
-        if prompt + clips * (clip + 1) > positions:
-            most = max(0, (positions - prompt) // (clip + self._geometry.patches))
-            raise UsageError(
-                f"PROMPT of {prompt} tokens with --clips {clips}: does not fit the language model's {positions} "
-                f"positions; shorten it or ask for at most {most} clips"
-            )
-
-    def _positions(self, prompt: int, settings: Resolved) -> int:
-        """Positions that all clips after `prompt` text tokens come to: the cache is made for them at once.
-
-        A picture has at most a token a patch, its markers and a few stray control ids. Where the model writes on and
-        on, a later clip finds the cache too small and has everything read again into a larger one.
-        """
-        most, strays = settings.max_image_tokens, 8
-        clip = min(most, self._geometry.patches + strays) + self._geometry.motion_tokens + 4
-        return prompt + (settings.clips - 1) * clip + max(most + 1, clip)
-
     # --- settings --------------------------------------------------------------------------------------------
 
     def _codes(self, image_ids: list[int]) -> np.ndarray:
@@ -388,19 +393,15 @@ class Pipeline:
             raise UsageError("the language model wrote an image without a single visual token; try another --seed")
         return codes
 
-    def _keyframe_settings(self, settings: Resolved, size: tuple[int, int]) -> KeyframeSettings:
-        return KeyframeSettings(size=size, steps=settings.keyframe_steps, guidance=settings.image_guidance)
+    def _begin(self, settings: Resolved) -> None:
+        """A resolved request for pictures is about to run. Raises UsageError for a schedule that does not fit."""
+        check_schedules(self.manifest, settings)
+        self._expect(settings)
 
-    def _video_settings(self, settings: Resolved, size: tuple[int, int]) -> VideoSettings:
-        return VideoSettings(
-            size=size,
-            steps=settings.video_steps,
-            guidance=settings.video_guidance,
-            fps=self._geometry.fps,
-            motion_bucket=settings.motion_bucket,
-            noise_augmentation=settings.noise_augmentation,
-            decode_chunk=self._defaults.decode_chunk,
-        )
+    def _expect(self, settings: Resolved) -> MemoryPlan:
+        """Tell the engines which of them a resolved request needs, and when."""
+        task = UNDERSTAND if isinstance(settings, AnswerRequest) else GENERATE
+        return self._engines.expect(stages_of(settings), task)
 
 
 def _latent_size(size: tuple[int, int]) -> tuple[int, int]:

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from runtime.memory import Peak
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -30,11 +32,13 @@ def ignore(progress: Progress) -> None:
 class Stopwatch:
     """Seconds spent per stage, added up over repeats; and of a run, when what a person waits for was there.
 
-    Attributes: `seconds` per stage, `reached` from `begin` to the first time of each event.
+    Attributes: `seconds` and `peaks` (most bytes of the process) per stage, `reached` from `begin` to the first time of
+    each event.
     """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self.peaks: dict[str, int] = {}
         self.begin()
 
     def begin(self) -> None:
@@ -48,7 +52,10 @@ class Stopwatch:
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
+        peak = Peak()
         try:
-            yield
+            with peak:
+                yield
         finally:
+            self.peaks[name] = max(self.peaks.get(name, 0), peak.bytes)
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start

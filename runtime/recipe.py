@@ -2,7 +2,7 @@
 
 Contract: a recipe is a JSON object with task, settings, seed, bundle name and digest, and versions. It is stored in the
 output's own metadata (nothing that varies between two equal runs, so equal runs give equal files) and, with the
-seconds each stage took, in `<output>.json` beside it.
+seconds each stage took and the memory, in `<output>.json` beside it.
 """
 
 from __future__ import annotations
@@ -12,13 +12,16 @@ import shlex
 from dataclasses import fields
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
 
 from runtime.bundle import Bundle
 from runtime.files import published
+
+if TYPE_CHECKING:
+    from runtime.pipeline import Pipeline
 
 KEY = "videolavit"  # metadata key; players ignore it
 
@@ -57,11 +60,15 @@ def encode(recipe: dict[str, Any]) -> str:
 
 # Settings that are options of the task's command, under the same name.
 _SAMPLING = ("temperature", "top_k", "top_p", "greedy")
-_GUIDANCE = ("keyframe_steps", "text_guidance", "image_guidance", *_SAMPLING)
+_KEYFRAME = ("keyframe_steps", "keyframe_sampler", "keyframe_spacing", "image_guidance", "image_guidance_interval")
+_VIDEO = ("video_steps", "video_sampler", "video_spacing", "video_sigmas", "video_guidance_interval")
 _OPTIONS = {
-    "generate": ("clips", "size", "keyframe_size", "video_steps", "motion_guidance", *_GUIDANCE),
-    "imagine": ("size", *_GUIDANCE),
-    "reconstruct": ("motion", "clips", "start", "size", "video_steps", "compare"),
+    "generate": (
+        *("clips", "size", "keyframe_size", "text_guidance", "motion_guidance"),
+        *(*_KEYFRAME, *_VIDEO, *_SAMPLING),
+    ),
+    "imagine": ("size", "text_guidance", *_KEYFRAME, *_SAMPLING),
+    "reconstruct": ("motion", "clips", "start", "size", *_VIDEO, "compare"),
 }
 
 
@@ -79,14 +86,28 @@ def command_line(recipe: dict[str, Any], output: Path) -> str:
         if value is True:
             words.append(flag)
         elif value is not None and value is not False:
-            words += [flag, "x".join(map(str, value)) if isinstance(value, list | tuple) else str(value)]
+            between = "x" if name.endswith("size") else "-"
+            words += [flag, between.join(map(str, value)) if isinstance(value, list | tuple) else str(value)]
     return shlex.join([*words, "--seed", str(recipe.get("seed")), "-o", str(output)])
 
 
-def write_sidecar(output: Path, recipe: dict[str, Any], seconds: dict[str, float], peak_rss: int) -> Path:
-    """Write `<output>.json`: the recipe, `seconds` per stage, and the peak resident memory in bytes."""
+def costs(pipeline: Pipeline, seconds: dict[str, float] | None = None) -> dict[str, Any]:
+    """What a run cost: seconds per stage (those of the pipeline where none are given) and memory in bytes.
+
+    Memory is the process's at most, in all and per stage, and what every engine took of it.
+    """
+    return {
+        "seconds": {k: round(v, 4) for k, v in (pipeline.seconds if seconds is None else seconds).items()},
+        "peak_rss_bytes": pipeline.peak_rss,
+        "stage_peak_rss_bytes": pipeline.stage_peaks,
+        "engine_bytes": pipeline.engine_bytes,
+    }
+
+
+def write_sidecar(output: Path, recipe: dict[str, Any], cost: dict[str, Any]) -> Path:
+    """Write `<output>.json`: the recipe, and what the run cost (see `costs`)."""
     path = output.with_name(output.name + ".json")
-    document = {**recipe, "seconds": {k: round(v, 4) for k, v in seconds.items()}, "peak_rss_bytes": peak_rss}
+    document = {**recipe, **cost}
     with published(path) as staging:
         staging.write_bytes(msgspec.json.format(msgspec.json.encode(document), indent=2) + b"\n")
     return path

@@ -3,7 +3,8 @@
 Contract: the runtime pipeline and the torch reference take the same request and the same noise and return the
 same kind of result, which is how one is judged by the other. A field that is None means the model's own default
 (`TaskDefaults`, `Geometry`); `resolve` turns a request into one with every field set, and that is what a recipe
-records. Sizes are (width, height) in pixels. Pictures are uint8 [H, W, 3] RGB.
+records. Left at None are only the parts of a denoising schedule that neither the request nor the defaults change, which
+are then the model's own (`SchedulerSettings`). Sizes are (width, height) in pixels. Pictures are uint8 [H, W, 3] RGB.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import numpy as np
 
 from runtime.errors import UsageError
 from runtime.geometry import Geometry
+from runtime.schedulers import ScheduleOptions
 from runtime.settings import TaskDefaults
 
 Resolved = Any  # a request with every field set, which the type of its optional fields cannot say
@@ -35,6 +37,9 @@ class ImageRequest:
     top_p: float | None = None
     max_image_tokens: int | None = None
     min_image_tokens: int | None = None
+    keyframe_sampler: str | None = None
+    keyframe_spacing: str | None = None
+    image_guidance_interval: tuple[float, float] | None = None
     greedy: bool = False
 
 
@@ -65,6 +70,13 @@ class VideoRequest:
     inverse_rate: float | None = None
     noise_augmentation: float | None = None
     motion_bucket: int | None = None
+    keyframe_sampler: str | None = None
+    keyframe_spacing: str | None = None
+    image_guidance_interval: tuple[float, float] | None = None
+    video_sampler: str | None = None
+    video_spacing: str | None = None
+    video_sigmas: tuple[float, float] | None = None
+    video_guidance_interval: tuple[float, float] | None = None
     sampled_motion: bool | None = None
     greedy: bool = False
 
@@ -86,6 +98,10 @@ class ReconstructionRequest:
     video_guidance: tuple[float, float] | None = None
     noise_augmentation: float | None = None
     motion_bucket: int | None = None
+    video_sampler: str | None = None
+    video_spacing: str | None = None
+    video_sigmas: tuple[float, float] | None = None
+    video_guidance_interval: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,6 +181,16 @@ def resolve(request: Request, geometry: Geometry, defaults: TaskDefaults) -> Res
     return resolved
 
 
+def keyframe_schedule(settings: Resolved) -> ScheduleOptions:
+    """What a resolved request changes of the key frame's schedule."""
+    return ScheduleOptions(sampler=settings.keyframe_sampler, spacing=settings.keyframe_spacing)
+
+
+def video_schedule(settings: Resolved) -> ScheduleOptions:
+    """What a resolved request changes of the video's schedule."""
+    return ScheduleOptions(sampler=settings.video_sampler, spacing=settings.video_spacing, sigmas=settings.video_sigmas)
+
+
 _LIMITS: dict[str, tuple[float, float]] = {
     "clips": (1, 100),
     "keyframe_steps": (1, 1000),
@@ -191,6 +217,14 @@ def _check(request: Request, geometry: Geometry) -> None:
         size = getattr(request, name, None)
         if size is not None:
             geometry.check_size(f"--{name.replace('_', '-')}", size)
+    for name in ("video_sigmas", "image_guidance_interval", "video_guidance_interval"):
+        interval = getattr(request, name, None)
+        if interval is not None and not 0 <= interval[0] < interval[1]:
+            raise UsageError(
+                f"--{name.replace('_', '-')} {interval[0]:g}-{interval[1]:g}: must be two noise levels, the lower first"
+            )
+    if (sigmas := getattr(request, "video_sigmas", None)) is not None and sigmas[0] == 0:
+        raise UsageError(f"--video-sigmas 0-{sigmas[1]:g}: the lower level must be above 0, which steps end in anyway")
     prompt = getattr(request, "prompt", None)
     if prompt is not None and not prompt.strip():
         raise UsageError('PROMPT is empty: say what to generate, for example "a red circle moving right"')

@@ -66,6 +66,10 @@ class TaskDefaults(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         video_guidance: (first frame, last frame) guidance of the video denoising loop.
         max_image_tokens, min_image_tokens: bounds on generated image tokens.
         inverse_rate: share of the key-frame schedule that later clips of a long video skip (§12.4).
+        keyframe_sampler, keyframe_spacing, video_sampler, video_spacing, video_sigmas: how the denoising loops step,
+            see `runtime.schedulers.ScheduleOptions`; None leaves the model's own schedule.
+        image_guidance_interval, video_guidance_interval: noise levels between which the denoising loops are guided;
+            None for all of them.
     """
 
     image_guidance: float = 7.0
@@ -87,3 +91,10 @@ class TaskDefaults(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     motion_bucket: int = 127
     decode_chunk: int = 8
     max_clips: int = 16
+    keyframe_sampler: str | None = None
+    keyframe_spacing: str | None = None
+    image_guidance_interval: tuple[float, float] | None = None
+    video_sampler: str | None = None
+    video_spacing: str | None = None
+    video_sigmas: tuple[float, float] | None = None
+    video_guidance_interval: tuple[float, float] | None = None

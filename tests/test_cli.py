@@ -23,6 +23,8 @@ from videolavit.cli import COMMANDS, main
 ROOT = Path(__file__).parent.parent
 VIDEO = ROOT / "tests" / "data" / "media" / "video7013.mp4"
 QUICK = ["--keyframe-steps", "2", "--video-steps", "2"]
+SCHEDULE = ["--keyframe-sampler", "heun", "--keyframe-spacing", "ays", "--image-guidance-interval", "0.3-5"]
+SCHEDULE += ["--video-spacing", "exponential", "--video-sigmas", "0.02-80.5"]
 
 
 class Run:
@@ -99,7 +101,9 @@ def test_generate_writes_a_clip_with_its_recipe(run, tmp_path: Path) -> None:
     assert recipe["seed"] == 5
     sidecar = json.loads((tmp_path / "a.mp4.json").read_text())
     assert sidecar["seconds"]["video"] > 0
-    assert sidecar["peak_rss_bytes"] > 0
+    assert sidecar["peak_rss_bytes"] >= max(sidecar["stage_peak_rss_bytes"].values()) > 0
+    assert sidecar["stage_peak_rss_bytes"].keys() == sidecar["seconds"].keys()
+    assert sidecar["engine_bytes"]["video_unet"] > 0
     assert run("generate", "a red circle moving right", "-o", "b.mp4", "--seed", "5", *QUICK).code == 0
     assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
 
@@ -109,10 +113,11 @@ def test_generate_writes_a_clip_with_its_recipe(run, tmp_path: Path) -> None:
     [
         ["generate", 'it\'s a "star"', "--size", "96x64", "--top-k", "7", *QUICK],
         ["generate", "--image", "picture.png", "--greedy", *QUICK],
+        ["generate", "a star", "--video-guidance-interval", "0.5-60", "--video-sampler", "dpmpp-2m", *SCHEDULE, *QUICK],
         ["imagine", "a star", "--keyframe-steps", "2"],
         ["reconstruct", str(VIDEO), "--motion", "tokens", "--start", "1.5", "--video-steps", "2"],
     ],
-    ids=["text", "image", "imagine", "reconstruct"],
+    ids=["text", "image", "schedule", "imagine", "reconstruct"],
 )
 def test_inspect_prints_the_command_that_makes_the_same_file(
     run, tmp_path: Path, picture: Path, arguments: list[str]
@@ -133,8 +138,10 @@ def test_seed_is_drawn_printed_and_recorded(run, tmp_path: Path) -> None:
 
 
 def test_long_video_drops_the_repeated_frame(run, tmp_path: Path) -> None:
-    done = run("generate", "a star", "-o", "a.mp4", "--clips", "2", "--json", *QUICK)
+    done = run("generate", "a star", "-o", "a.mp4", "--clips", "2", "--memory-budget", "2M", "--json", *QUICK)
     assert done.code == 0, done.err
+    [plan] = [event for event in done.events if event["event"] == "memory plan"]
+    assert plan["budget_bytes"] == 2 << 20 and len(plan["loads"]) > len(plan["engine_bytes"])
     assert done.events[-1]["frames"] == 24 + 23 == frames_of(tmp_path / "a.mp4")
     assert {e["stage"] for e in done.events if e["event"] == "progress"} >= {"image tokens", "motion tokens", "video"}
 
@@ -202,6 +209,8 @@ def test_inspect_shows_the_bundle(run) -> None:
     assert done.code == 0
     assert "video_unet" in done.out
     assert "untrained" in done.out or "trained weights" in done.out
+    assert "kept once loaded" in done.out
+    assert "released: " in run("inspect", "shapes", "--memory-budget", "3M").out
     assert json.loads(run("inspect", "shapes", "--json").out)["name"] == "shapes"
 
 
@@ -295,6 +304,12 @@ MISTAKES = [
     (["generate", "x", "--clips", "0"], 2, "--clips"),
     (["generate", "x", "--clips", "90"], 2, "--clips"),
     (["generate", "x", "--video-steps", "1"], 2, "--video-steps"),
+    (["generate", "x", "--video-sigmas", "5"], 2, "LOW-HIGH"),
+    (["generate", "x", "--video-sigmas", "5-1"], 2, "--video-sigmas 5-1"),
+    (["generate", "x", "--video-sigmas", "0-1"], 2, "above 0"),
+    (["generate", "x", "--image-guidance-interval", "5-5"], 2, "--image-guidance-interval"),
+    (["generate", "x", "--video-sampler", "ddim"], 2, "--video-sampler"),
+    (["generate", "x", "--keyframe-sampler", "ddim", "--keyframe-spacing", "ays"], 2, "key frame: spacing ays"),
     (["generate", "x", "--temperature", "0"], 2, "--temperature"),
     (["generate", "x", "--temperature", "nan"], 2, "--temperature"),
     (["generate", "x", "--memory-budget", "lots"], 2, "lots"),

@@ -13,7 +13,7 @@ from PIL import Image
 from torch_engines import TorchEngine
 
 from runtime import diffusion
-from runtime.schedulers import Schedule, make_schedule
+from runtime.schedulers import Schedule, ScheduleOptions, make_schedule
 from runtime.settings import KEYFRAME_SCHEDULER, VIDEO_SCHEDULER, SchedulerSettings
 from videolavit.config import (
     KeyframeUNetConfig,
@@ -43,9 +43,9 @@ class RecordingSchedule:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.schedule, name)
 
-    def step(self, model_output: np.ndarray, i: int, x: np.ndarray, noise: np.ndarray | None = None) -> np.ndarray:
+    def step(self, model_output: np.ndarray, i: int, x: np.ndarray, *rest: Any, **named: Any) -> np.ndarray:
         self.predictions.append(model_output)
-        self.latents.append(self.schedule.step(model_output, i, x, noise))
+        self.latents.append(self.schedule.step(model_output, i, x, *rest, **named))
         return self.latents[-1]
 
 
@@ -340,3 +340,99 @@ def test_reinjected_noise_is_not_scaled_twice() -> None:
 def test_time_ids_of_an_uncropped_picture() -> None:
     expected = keyframe_modules()[0].outputs["ddim/add_time_ids_cfg"][:1]
     assert_close(diffusion.keyframe_time_ids((48, 32)), expected, 0)
+
+
+# --- guidance interval -----------------------------------------------------------------------------------------
+
+
+class Branches:
+    """A network whose prediction is a number of each branch; remembers rows, what it held and how often it was told."""
+
+    def __init__(self, output: str) -> None:
+        self.output = output
+        self.held: dict[str, np.ndarray] = {}
+        self.rows: list[int] = []
+        self.uploads = 0
+
+    def hold(self, **inputs: np.ndarray) -> None:
+        self.held = inputs
+        self.uploads += 1
+
+    def __call__(self, *, timestep: np.ndarray, **inputs: np.ndarray) -> dict[str, np.ndarray]:
+        [noisy] = inputs.values()
+        assert {len(value) for value in self.held.values()} == {len(noisy)}
+        self.rows.append(len(noisy))
+        condition = next(value for name, value in self.held.items() if name in ("states", "pooled"))
+        given = condition.reshape(len(noisy), -1).any(axis=1)
+        channels = noisy[:, :, :4] if self.output == "v" else noisy
+        return {self.output: np.ones_like(channels) * np.where(given, 3, 1).reshape(-1, *[1] * (channels.ndim - 1))}
+
+
+def video_with(network: Branches, schedule: Any, **changes: Any) -> np.ndarray:
+    given: dict[str, Any] = {
+        "image_latents": np.ones((1, 4, 2, 2), np.float32),
+        "motion": np.ones((1, 2, 3, 2, 2), np.float32),
+        "states": np.ones((1, 3, 256, 8), np.float32),
+        "guidance": (1.0, 4.0),
+        "fps": 6,
+        "motion_bucket": 127,
+        "noise_augmentation": 0.02,
+        "initial": np.ones((1, 3, 4, 2, 2), np.float32),
+    }
+    return diffusion.denoise_video(network, schedule, **(given | changes))  # type: ignore[arg-type]
+
+
+def keyframe_with(network: Branches, schedule: Any, **changes: Any) -> np.ndarray:
+    given: dict[str, Any] = {
+        "prompt_embeds": np.ones((1, 5, 3), np.float32),
+        "pooled": np.ones((1, 3), np.float32),
+        "time_ids": np.ones((1, 6), np.float32),
+        "latents": np.ones((1, 4, 2, 2), np.float32),
+        "guidance": 5.0,
+        "noise": StoredNoise([]),
+    }
+    return diffusion.denoise_keyframe(network, schedule, **(given | changes))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp-2m"])
+def test_video_is_guided_inside_the_interval_alone(sampler: str) -> None:
+    schedule = RecordingSchedule(make_schedule(VIDEO_SCHEDULER, 8, ScheduleOptions(sampler=sampler)))
+    network = Branches("v")
+    video_with(network, schedule, interval=(0.5, 60.0))
+    inside = [0.5 <= level <= 60 for level in schedule.levels]
+    assert any(inside) and not all(inside)
+    assert network.rows == [2 if guided else 1 for guided in inside]
+    assert network.uploads == 3, "conditions are uploaded when branches change, not at every step"
+    for guided, prediction in zip(inside, schedule.predictions, strict=True):
+        assert_close(prediction[0, :, 0, 0, 0], [3, 6, 9] if guided else [3, 3, 3], 1e-5)
+
+
+@pytest.mark.parametrize("settings", [SchedulerSettings(kind="ddim"), SchedulerSettings(kind="euler")])
+def test_keyframe_is_guided_inside_the_interval_alone(settings: SchedulerSettings) -> None:
+    schedule = RecordingSchedule(make_schedule(settings, 10))
+    network = Branches("noise")
+    keyframe_with(network, schedule, interval=(0.3, 5.0), start=2)
+    inside = [0.3 <= level <= 5 for level in schedule.levels[2:]]
+    assert any(inside) and not all(inside)
+    assert network.rows == [2 if guided else 1 for guided in inside]
+    assert [float(p[0, 0, 0, 0]) for p in schedule.predictions] == [11.0 if guided else 3.0 for guided in inside]
+
+
+def test_all_levels_are_guided_without_an_interval_and_none_at_scale_one() -> None:
+    for guidance, rows in (((1.0, 4.0), [2] * 3), ((1.0, 1.0), [1] * 3)):
+        network = Branches("v")
+        video_with(network, make_schedule(VIDEO_SCHEDULER, 3), guidance=guidance)
+        assert network.rows == rows and network.uploads == 1
+    network = Branches("noise")
+    keyframe_with(network, make_schedule(SchedulerSettings(kind="ddim"), 3), guidance=1.0)
+    assert network.rows == [1] * 3
+
+
+def test_chunks_decoded_apart_are_the_whole() -> None:
+    """Frame for frame what decoding each chunk by itself gives, the short last one too."""
+    vae = video_modules()["vae"]
+    decoder = TorchEngine(lambda latents: {"frames": vae.decode(latents, num_frames=len(latents)).sample})
+    latents = np.random.default_rng(0).standard_normal((1, 5, 4, 8, 8), dtype=np.float32)
+    whole = diffusion.decode_video(decoder, latents, 0.18215, 2)
+    apart = [decoder(latents=latents[0, i : i + 2] / np.float32(0.18215))["frames"] for i in (0, 2, 4)]
+    assert (whole[0] == np.concatenate(apart)).all()

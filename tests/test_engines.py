@@ -25,9 +25,10 @@ from runtime.backends.onnxruntime import (
 )
 from runtime.bundle import MANIFEST, Bundle, EngineEntry, FileEntry, Manifest, TensorEntry, describe_file
 from runtime.commands.options import open_pipeline
-from runtime.engines import EngineOptions, EngineSet, peak_rss
+from runtime.engines import EngineOptions, EngineSet
 from runtime.errors import BundleError, EnvironmentProblem, UsageError
 from runtime.geometry import Geometry
+from runtime.memory import peak_rss
 from runtime.settings import KEYFRAME_SCHEDULER, VIDEO_SCHEDULER, LanguageModelShape, TaskDefaults
 from runtime.vocabulary import Vocabulary
 from videolavit.config import LanguageModelConfig
@@ -108,10 +109,14 @@ def test_engines_load_when_asked_for_and_stay(tmp_path: Path) -> None:
     assert engines.resident == ()
 
 
+def unmeasured() -> None:
+    """Of a system that does not say how much memory a process takes: engines count as what their files say."""
+
+
 def test_least_recently_used_engine_makes_room(tmp_path: Path) -> None:
     bundle = bundle_of(tmp_path, {name: scaling_model(2.0, weights=1000) for name in "abc"})
     size = (tmp_path / "a.onnx").stat().st_size
-    engines = EngineSet(bundle, threads=1, memory_budget=2 * size)
+    engines = EngineSet(bundle, threads=1, memory_budget=2 * size, resident_memory=unmeasured)
     kept = engines.get("a")
     engines.get("b")
     engines.get("a")
@@ -124,9 +129,40 @@ def test_least_recently_used_engine_makes_room(tmp_path: Path) -> None:
     assert [load.name for load in engines.loads] == ["a", "b", "c", "b", "a"]
 
 
+def test_of_an_announced_task_the_engine_needed_latest_makes_room(tmp_path: Path) -> None:
+    bundle = bundle_of(tmp_path, {name: scaling_model(2.0, weights=1000) for name in "abcd"})
+    size = (tmp_path / "a.onnx").stat().st_size
+    stages = (("a",), ("b",), ("c",), ("a",), ("d",), ("b",))
+    engines = EngineSet(bundle, threads=1, memory_budget=2 * size, resident_memory=unmeasured)
+    plan = engines.expect(stages)
+    for (name,) in stages:
+        engines.get(name)
+    # b before c, because a comes first; then a and c are of no use any more, and b came back only once
+    assert [load.name for load in engines.loads] == ["a", "b", "c", "d", "b"]
+    assert [load.engine for load in plan.loads] == [load.name for load in engines.loads]
+    assert plan.fits and plan.peak == 2 * size
+
+
+def test_an_engine_counts_as_what_the_process_grew_by(tmp_path: Path) -> None:
+    bundle = bundle_of(tmp_path, {name: scaling_model(2.0, weights=1000) for name in "abc"})
+    size = (tmp_path / "a.onnx").stat().st_size
+    process = [0]
+    engines = EngineSet(bundle, threads=1, memory_budget=100 * size, resident_memory=lambda: process[0])
+    engines.get("a")
+    process[0] += 95 * size  # it ran
+    engines.get("b")
+    assert engines.resident == ("a", "b")
+    process[0] += 10 * size
+    assert engines.sizes["a"] == 95 * size and engines.sizes["b"] == 10 * size
+    engines.get("c")
+    assert engines.resident == ("b", "c"), "what ran is counted when room is made"
+
+
 def test_engine_larger_than_the_budget_is_loaded_alone(tmp_path: Path) -> None:
     bundle = bundle_of(tmp_path, {"a": scaling_model(2.0), "b": scaling_model(3.0)})
     engines = EngineSet(bundle, threads=1, memory_budget=1)
+    plan = engines.expect((("a",), ("b",)))
+    assert not plan.fits and "alone takes" in plan.line()
     engines.get("a")
     assert factor_of(engines.get("b")) == 3.0
     assert engines.resident == ("b",)

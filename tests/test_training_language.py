@@ -127,6 +127,9 @@ class Recorder:
     def language_model(self, task: str | None = None) -> Any:
         return self
 
+    def expect(self, *stages: Any) -> None:
+        pass
+
     def token_embedding(self, ids: np.ndarray) -> dict[str, np.ndarray]:
         return {"embeds": np.repeat(ids[..., None].astype(np.float32), WIDTH, axis=-1)}  # an id is its own embedding
 
@@ -160,6 +163,7 @@ def pipeline_with(engines: Recorder, monkeypatch: pytest.MonkeyPatch, layout: La
     manifest = type("Manifest", (), {})()
     manifest.geometry, manifest.vocabulary, manifest.defaults = CONFIG.geometry, V, CONFIG.defaults
     manifest.language_model = type("Shape", (), {"max_positions": 512})()
+    manifest.keyframe_scheduler, manifest.video_scheduler = CONFIG.keyframe_scheduler, CONFIG.video_scheduler
     pipeline.manifest, pipeline._geometry, pipeline._vocabulary = manifest, CONFIG.geometry, V
     pipeline._defaults, pipeline._observer, pipeline._watch = CONFIG.defaults, ignore, Stopwatch()
     pipeline._engines, pipeline._text = engines, layout.text

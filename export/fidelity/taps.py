@@ -106,7 +106,7 @@ class RecordingSchedule:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._schedule, name)
 
-    def step(self, model_output: np.ndarray, i: int, x: np.ndarray, noise: np.ndarray | None = None) -> np.ndarray:
+    def step(self, model_output: np.ndarray, i: int, x: np.ndarray, *rest: Any, **named: Any) -> np.ndarray:
         self.predictions.append(model_output)
-        self.latents.append(self._schedule.step(model_output, i, x, noise))
+        self.latents.append(self._schedule.step(model_output, i, x, *rest, **named))
         return self.latents[-1]

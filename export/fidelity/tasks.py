@@ -265,8 +265,14 @@ class _Pipeline(Pipeline):
 
     def __init__(self, trace: _Trace) -> None:
         self._trace = trace
-        manifest: Any = SimpleNamespace(language_model=LanguageModelShape())
-        engines: Any = SimpleNamespace(get=self._engine)
+        manifest: Any = SimpleNamespace(
+            language_model=LanguageModelShape(),
+            geometry=trace.geometry,
+            defaults=MODEL.defaults,
+            keyframe_scheduler=MODEL.keyframe_scheduler,
+            video_scheduler=MODEL.video_scheduler,
+        )
+        engines: Any = SimpleNamespace(get=self._engine, expect=lambda *stages: None)
         self.manifest, self._engines = manifest, engines
         self._geometry, self._vocabulary, self._defaults = trace.geometry, VOCABULARY, MODEL.defaults
         self._observer, self._watch, self._text = ignore, Stopwatch(), trace.tokenizer

@@ -49,6 +49,11 @@ _IDENTITY = bytes.fromhex(
 )
 
 
+def prepare(entry: EngineEntry, options: EngineOptions) -> None:
+    """Import what loading an engine needs. Raises EnvironmentProblem."""
+    _library(choose_provider(options.provider))
+
+
 def load_engine(bundle: Bundle, entry: EngineEntry, options: EngineOptions) -> OnnxRuntimeEngine:
     return OnnxRuntimeEngine(bundle.file(entry.files[0]), options, entry.files)
 

@@ -26,6 +26,11 @@ from runtime.engines import EngineOptions
 _LENGTH = re.compile(r"\.c(\d+)\.plan$")
 
 
+def prepare(entry: EngineEntry, options: EngineOptions) -> None:
+    """Import what loading an engine needs. Raises EnvironmentProblem."""
+    tensorrt_library.version(entry.backend)
+
+
 def load_engine(bundle: Bundle, entry: EngineEntry, options: EngineOptions) -> TensorRTEngine:
     return TensorRTEngine([bundle.file(file) for file in entry.files], entry, _device_for(entry))
 

@@ -1,7 +1,7 @@
 """`videolavit generate`: a video from text, a picture, or both.
 
-Contract: one output file per seed, written beside its name and renamed; a clip's frames go to the file as soon as
-they are made. With `--batch` every line of a JSONL file is a job whose keys are this command's options.
+Contract: one output file per seed, written beside its name and renamed; a clip's frames go to the file while the next
+clip is made. With `--batch` every line of a JSONL file is a job whose keys are this command's options.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ import numpy as np
 from runtime.commands.options import (
     Size,
     choose_seed,
+    keyframe_schedule_options,
     model_options,
     open_pipeline,
     output_options,
     sampling_options,
     seed_option,
+    video_schedule_options,
 )
 from runtime.commands.report import Report
 from runtime.errors import UsageError
@@ -81,6 +83,8 @@ class Job:
     show_default=True,
     help="Make this many, with consecutive seeds, as NAME-1, NAME-2, ...",
 )
+@keyframe_schedule_options
+@video_schedule_options
 @sampling_options
 @output_options
 @model_options
@@ -176,24 +180,27 @@ def _read_batch(path: Path, base: VideoRequest, seed: int | None) -> list[Job]:
 def _run(report: Report, pipeline: Any, job: Job, fps: int, force: bool) -> None:
     from runtime import recipe
     from runtime.noise import Noise
-    from runtime.video import write_video
+    from runtime.writer import write_clips
 
     before = pipeline.seconds
+    report.plan(pipeline.memory_plan(job.request))
     document = recipe.make_recipe(
         "generate", pipeline.bundle, job.request, job.seed, {"image": job.image_path} if job.image_path else {}
     )
     clips = pipeline.generate_video(job.request, Noise(job.seed))
-    write_video(job.output, _frames(clips), fps, metadata={recipe.KEY: recipe.encode(document)}, force=force)
+    write_clips(job.output, _frames(clips), fps, metadata={recipe.KEY: recipe.encode(document)}, force=force)
     seconds = {name: value - before.get(name, 0.0) for name, value in pipeline.seconds.items()}
     reached = pipeline.reached
-    sidecar = recipe.write_sidecar(job.output, document, seconds, pipeline.peak_rss)
+    cost = recipe.costs(pipeline, seconds)
+    sidecar = recipe.write_sidecar(job.output, document, cost)
+    fullest = max(pipeline.stage_peaks, key=lambda stage: pipeline.stage_peaks[stage])
     settings: Resolved = job.request
     width, height = settings.size
     frames = pipeline.manifest.geometry.frames + (job.request.clips - 1) * (pipeline.manifest.geometry.frames - 1)
     report.result(
         f"{job.output}: {frames} frames, {width}x{height}, {fps} fps, seed {job.seed}, "
         f"{sum(seconds.values()):.1f} s (first frame after {reached['first frame']:.1f} s), "
-        f"peak memory {pipeline.peak_rss >> 20} MiB (recipe: {sidecar})",
+        f"peak memory {pipeline.peak_rss >> 20} MiB in stage {fullest} (recipe: {sidecar})",
         output=str(job.output),
         sidecar=str(sidecar),
         frames=frames,
@@ -201,14 +208,15 @@ def _run(report: Report, pipeline: Any, job: Job, fps: int, force: bool) -> None
         height=height,
         fps=fps,
         seed=job.seed,
-        seconds=seconds,
+        **cost,
         first_token_seconds=reached["first token"],
         first_frame_seconds=reached["first frame"],
-        peak_rss_bytes=pipeline.peak_rss,
     )
 
 
 def _frames(clips: Iterator[ClipResult]) -> Iterator[np.ndarray]:
-    """Frames of the film: a later clip's first frame repeats the one before it and is dropped (§12.4)."""
-    for clip in clips:
-        yield from clip.frames if clip.index == 0 else clip.frames[1:]
+    """Frames [T, H, W, 3] of the film, clip by clip.
+
+    A later clip's first frame repeats the one before it and is dropped (§12.4).
+    """
+    return (clip.frames if clip.index == 0 else clip.frames[1:] for clip in clips)

@@ -13,6 +13,7 @@ import click
 from runtime.commands.options import (
     Size,
     choose_seed,
+    keyframe_schedule_options,
     model_options,
     open_pipeline,
     output_options,
@@ -42,6 +43,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg")
 @click.option("--keyframe-steps", type=int, help="Denoising steps.")
 @click.option("--text-guidance", type=float, help="Guidance while image tokens are written.")
 @click.option("--image-guidance", type=float, help="Guidance while the picture is denoised.")
+@keyframe_schedule_options
 @sampling_options
 @output_options
 @model_options
@@ -78,9 +80,11 @@ def imagine(
             pipeline.manifest.defaults,
         )
         document = recipe.make_recipe("imagine", pipeline.bundle, request, seed, {"image": image} if image else {})
+        report.plan(pipeline.memory_plan(request))
         result = pipeline.generate_image(request, Noise(seed))
         save_image(output, result.image, {recipe.KEY: recipe.encode(document)}, force=force)
-        sidecar = recipe.write_sidecar(output, document, pipeline.seconds, pipeline.peak_rss)
+        cost = recipe.costs(pipeline)
+        sidecar = recipe.write_sidecar(output, document, cost)
         height, width = result.image.shape[:2]
         report.result(
             f"{output}: {width}x{height}, {len(result.ids)} image tokens, seed {seed}, "
@@ -91,6 +95,5 @@ def imagine(
             height=height,
             seed=seed,
             image_tokens=len(result.ids),
-            seconds=pipeline.seconds,
-            peak_rss_bytes=pipeline.peak_rss,
+            **cost,
         )

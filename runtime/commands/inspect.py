@@ -15,13 +15,16 @@ from rich.table import Table
 
 from runtime import recipe
 from runtime.bundle import MANIFEST, Bundle, EngineEntry, TensorEntry, find
+from runtime.commands.options import Bytes
 from runtime.errors import MediaError, UsageError
+from runtime.residency import MemoryPlan
 
 
 @click.command()
 @click.argument("target")
+@click.option("--memory-budget", type=Bytes(), help="What a video would keep of a bundle in memory, e.g. under 8G.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def inspect(target: str, as_json: bool) -> None:
+def inspect(target: str, memory_budget: int | None, as_json: bool) -> None:
     """Show what is in a bundle (a folder or a name), or how TARGET, a generated file, was made."""
     path = Path(target)
     if path.is_file() and path.name != MANIFEST:
@@ -35,7 +38,7 @@ def inspect(target: str, as_json: bool) -> None:
     if as_json:
         click.echo((bundle.path / MANIFEST).read_text())
         return
-    _show(bundle)
+    _show(bundle, memory_budget)
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
@@ -54,7 +57,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
     return document
 
 
-def _show(bundle: Bundle) -> None:
+def _show(bundle: Bundle, memory_budget: int | None) -> None:
     manifest = bundle.manifest
     geometry, vocabulary = manifest.geometry, manifest.vocabulary
     weights = "trained" if manifest.trained else "random, untrained"
@@ -65,6 +68,7 @@ def _show(bundle: Bundle) -> None:
         f"up to {geometry.patches} image tokens and {geometry.motion_tokens} motion tokens\n"
         f"vocabulary: {vocabulary.text_size} text, {vocabulary.visual_codes} visual, {vocabulary.motion_codes} motion, "
         f"4 markers; {vocabulary.size} in all\n"
+        f"memory of a clip from text: {_plan(bundle, memory_budget).line()}\n"
         f"made with: {', '.join(f'{name} {version}' for name, version in manifest.versions.items())}"
     )
     table = Table(box=None, pad_edge=False)
@@ -81,6 +85,16 @@ def _show(bundle: Bundle) -> None:
             _parity(engine),
         )
     Console(width=160).print(table, markup=False)
+
+
+def _plan(bundle: Bundle, memory_budget: int | None) -> MemoryPlan:
+    """What `generate` would load and release, by the sizes of the weights; what it computes with comes on top."""
+    from runtime.engines import EngineSet
+    from runtime.requests import VideoRequest, resolve
+    from runtime.stages import stages_of
+
+    settings = resolve(VideoRequest(prompt="-"), bundle.manifest.geometry, bundle.manifest.defaults)
+    return EngineSet(bundle, memory_budget=memory_budget).expect(stages_of(settings), "generate")
 
 
 def _backend(engine: EngineEntry) -> str:

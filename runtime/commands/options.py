@@ -14,6 +14,7 @@ import click
 
 from runtime.amounts import parse_bytes
 from runtime.errors import UsageError
+from runtime.schedule_names import LEVEL_SPACINGS, OF_TIMESTEPS, SAMPLERS, TIMESTEP_SPACINGS
 
 if TYPE_CHECKING:
     from runtime.commands.report import Report
@@ -44,6 +45,71 @@ class Bytes(click.ParamType):
             return parse_bytes(value)
         except UsageError as error:
             self.fail(str(error), param, ctx)
+
+
+class Levels(click.ParamType):
+    """LOW-HIGH: two noise levels."""
+
+    name = "LOW-HIGH"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, float]:
+        match = re.fullmatch(r"(\d*\.?\d+|\d+\.)-(\d*\.?\d+|\d+\.)", str(value))
+        if match is None:
+            self.fail(f"{value!r} is not a range; write LOW-HIGH, for example 0.3-5", param, ctx)
+        return float(match[1]), float(match[2])
+
+
+def keyframe_schedule_options(function: F) -> F:
+    """--keyframe-sampler, --keyframe-spacing, --image-guidance-interval: how a key frame is denoised."""
+    for option in (
+        click.option(
+            "--image-guidance-interval",
+            type=Levels(),
+            help="Noise levels at which a key frame is guided; at others half the work is saved. [default: all]",
+        ),
+        click.option(
+            "--keyframe-spacing",
+            type=click.Choice([*TIMESTEP_SPACINGS, *LEVEL_SPACINGS]),
+            help="How a key frame's steps are spread. [default: the model's]",
+        ),
+        click.option(
+            "--keyframe-sampler",
+            type=click.Choice(SAMPLERS),
+            help="How a key frame's steps are taken; dpmpp-2m needs fewest, heun runs the network twice a step. "
+            "[default: the model's]",
+        ),
+    ):
+        function = option(function)
+    return function
+
+
+def video_schedule_options(function: F) -> F:
+    """--video-sampler, --video-spacing, --video-sigmas, --video-guidance-interval: how a clip is denoised."""
+    for option in (
+        click.option(
+            "--video-guidance-interval",
+            type=Levels(),
+            help="Noise levels at which a clip is guided; at others half the work is saved. [default: all]",
+        ),
+        click.option(
+            "--video-sigmas",
+            type=Levels(),
+            help="Lowest and highest noise level of a clip's steps. [default: the model's]",
+        ),
+        click.option(
+            "--video-spacing",
+            type=click.Choice(LEVEL_SPACINGS),
+            help="How a clip's steps are spread; ays is made for few. [default: the model's]",
+        ),
+        click.option(
+            "--video-sampler",
+            type=click.Choice([name for name in SAMPLERS if name not in OF_TIMESTEPS]),
+            help="How a clip's steps are taken; dpmpp-2m needs fewest, heun runs the network twice a step. "
+            "[default: the model's]",
+        ),
+    ):
+        function = option(function)
+    return function
 
 
 def model_options(function: F) -> F:

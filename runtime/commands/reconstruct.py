@@ -6,9 +6,10 @@ the result and reports PSNR and SSIM against it, next to two baselines that use 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -20,6 +21,7 @@ from runtime.commands.options import (
     open_pipeline,
     output_options,
     seed_option,
+    video_schedule_options,
 )
 from runtime.commands.report import Report
 from runtime.files import check_output
@@ -79,6 +81,7 @@ class Score:
 @click.option("--size", type=Size(), help="Video size. [default: the model's]")
 @click.option("--video-steps", type=int, help="Denoising steps of a clip.")
 @click.option("--compare", is_flag=True, help="Put the source beside the result and report PSNR and SSIM.")
+@video_schedule_options
 @seed_option
 @output_options
 @model_options
@@ -98,6 +101,7 @@ def reconstruct(
     memory_budget: int | None,
     threads: int | None,
     provider: str,
+    **schedule: Any,
 ) -> None:
     """Rebuild VIDEO from its key frames and motion vectors."""
     from itertools import islice
@@ -105,7 +109,8 @@ def reconstruct(
     from runtime import recipe
     from runtime.motion.sources import MotionSettings, reconstruction_clips
     from runtime.noise import Noise
-    from runtime.video import probe, write_video
+    from runtime.video import probe
+    from runtime.writer import write_clips
 
     check_output(output, SUFFIXES, force)
     probe(video)  # a file that is no video is refused before a model is opened
@@ -124,48 +129,43 @@ def reconstruct(
         score = Score()
         written = 0
 
-        def request_of(clip: MotionClip) -> ReconstructionRequest:
+        def request_of(keyframe: np.ndarray, grid: np.ndarray) -> ReconstructionRequest:
             request = ReconstructionRequest(
-                keyframe=clip.keyframe,
-                motion=clip.grid,
+                keyframe=keyframe,
+                motion=grid,
                 through_tokens=route == "tokens",
                 size=size,
                 video_steps=video_steps,
+                **schedule,
             )
             return resolve(request, geometry, defaults)
 
-        def frames() -> Iterator[np.ndarray]:
+        def made() -> Iterator[Iterable[np.ndarray]]:
             nonlocal written
             for clip in source:
-                result = pipeline.reconstruct(request_of(clip), noise)
+                result = pipeline.reconstruct(request_of(clip.keyframe, clip.grid), noise)
                 written += len(result.frames)
                 if not compare:
-                    yield from result.frames
+                    yield result.frames
                     continue
+                pairs = []
                 height, width = result.frames.shape[1:3]
-                for original, made in zip(
+                for original, frame in zip(
                     originals.of(clip, geometry.frames, (width, height)), result.frames, strict=True
                 ):
-                    score.add(original, made, result.keyframe)
-                    yield np.concatenate([original, made], axis=1)
+                    score.add(original, frame, result.keyframe)
+                    pairs.append(np.concatenate([original, frame], axis=1))
+                yield pairs
 
-        example = resolve(
-            ReconstructionRequest(
-                keyframe=np.zeros((1, 1, 3), np.uint8),
-                motion=np.zeros((1, 2, 1, 1), np.float32),
-                through_tokens=route == "tokens",
-                size=size,
-                video_steps=video_steps,
-            ),
-            geometry,
-            defaults,
-        )
+        example = request_of(np.zeros((1, 1, 3), np.uint8), np.zeros((1, 2, 1, 1), np.float32))
         document = recipe.make_recipe("reconstruct", pipeline.bundle, example, seed, {"video": video})
         document["settings"] |= {"motion": route, "clips": clips, "start": start, "compare": compare}
-        write_video(
-            output, frames(), geometry.reconstruction_fps, metadata={recipe.KEY: recipe.encode(document)}, force=force
+        report.plan(pipeline.memory_plan(example))
+        write_clips(
+            output, made(), geometry.reconstruction_fps, metadata={recipe.KEY: recipe.encode(document)}, force=force
         )
-        sidecar = recipe.write_sidecar(output, document, pipeline.seconds, pipeline.peak_rss)
+        cost = recipe.costs(pipeline)
+        sidecar = recipe.write_sidecar(output, document, cost)
         means = score.means() if compare else {}
         quality = (
             f"; PSNR {means['psnr']:.2f} dB, SSIM {means['ssim']:.3f} (repeating the key frame: "
@@ -182,8 +182,7 @@ def reconstruct(
             fps=geometry.reconstruction_fps,
             seed=seed,
             **means,
-            seconds=pipeline.seconds,
-            peak_rss_bytes=pipeline.peak_rss,
+            **cost,
         )
 
 

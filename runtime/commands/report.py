@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import msgspec
@@ -17,6 +17,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bars
 
 from runtime.progress import Progress
+
+if TYPE_CHECKING:
+    from runtime.residency import MemoryPlan
 
 
 class Report:
@@ -67,6 +70,22 @@ class Report:
             self._emit("note", text=text)
         else:
             self._bars.console.print(f"note: {text}", markup=False, highlight=False, soft_wrap=True)
+
+    def plan(self, plan: MemoryPlan) -> None:
+        """What a task will keep in memory: a note where a budget decides it, an event with --json."""
+        if self._json:
+            loads = [{"engine": load.engine, "released": load.released} for load in plan.loads]
+            self._emit(
+                "memory plan",
+                text=plan.line(),
+                budget_bytes=plan.budget,
+                peak_bytes=plan.peak,
+                fits=plan.fits,
+                engine_bytes=dict(plan.sizes),
+                loads=loads,
+            )
+        elif plan.budget is not None:
+            self.note(f"memory plan: {plan.line()}")
 
     def result(self, text: str, **values: Any) -> None:
         """The outcome: `text` for people, `values` for programs."""

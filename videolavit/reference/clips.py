@@ -1,7 +1,8 @@
 """Denoising of clips from a key frame and its motion (reference semantics §9.2 to §9.4).
 
 Contract: batched over videos; motion is at latent size and in the detokenizer's scale. The loop yields the latents
-after every step. Unconditional and conditional halves go through the UNet as one batch, unconditional first.
+after every call of the network. Unconditional and conditional halves go through the UNet as one batch, unconditional
+first.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ import torch
 from torch import Tensor
 
 from runtime.noise import Noise
+from runtime.schedulers import AS_IT_IS, ScheduleOptions
 from runtime.settings import SchedulerSettings
-from videolavit.reference.schedulers import build_scheduler, normal, step
+from videolavit.reference.schedulers import build_scheduler, is_guided, normal, step
 
 LATENT_CHANNELS = 4
 
@@ -30,8 +32,10 @@ def denoise(
     steps: int,
     guidance: tuple[float, float],
     noise: Noise,
+    options: ScheduleOptions = AS_IT_IS,
+    interval: tuple[float, float] | None = None,
 ) -> Iterator[Tensor]:
-    """Latents [B, T, 4, h, w] after every step.
+    """Latents [B, T, 4, h, w] after every call.
 
     Args:
         image_latents: [B, 4, h, w] of the key frames.
@@ -39,9 +43,11 @@ def denoise(
         states: [B, T, 256, D] of the motion condition encoder.
         time_ids: [B, 3] frames per second, motion bucket, noise augmentation.
         guidance: scale at the first and at the last frame.
+        options: what to change of the schedule of `settings`.
+        interval: noise levels that are guided; outside them the conditional prediction is taken as it is.
     """
     videos, frames = len(image_latents), motion.shape[2]
-    scheduler = build_scheduler(settings, steps, image_latents.device)
+    scheduler = build_scheduler(settings, steps, image_latents.device, options)
     shape = (videos, frames, LATENT_CHANNELS, *image_latents.shape[2:])
     latents = normal(noise, shape, image_latents) * scheduler.init_noise_sigma
     pictures = image_latents[:, None].expand(shape)
@@ -49,13 +55,14 @@ def denoise(
     context = torch.cat([torch.zeros_like(states), states])
     ids = torch.cat([time_ids, time_ids])
     scale = torch.linspace(*guidance, frames, device=latents.device, dtype=latents.dtype).view(1, frames, 1, 1, 1)
-    for timestep in scheduler.timesteps:
+    for call, timestep in enumerate(scheduler.timesteps):
         noisy = scheduler.scale_model_input(latents, timestep)
         without = torch.cat([noisy, torch.zeros_like(pictures), torch.zeros_like(vectors)], dim=2)
         given = torch.cat([noisy, pictures, vectors], dim=2)
         output = unet(torch.cat([without, given]), timestep, context, ids)  # [2B, T, 4, h, w]
         v_without, v_given = output.chunk(2)
-        latents = step(scheduler, v_without + scale * (v_given - v_without), timestep, latents, noise)
+        guided = v_without + scale * (v_given - v_without) if is_guided(scheduler, call, interval) else v_given
+        latents = step(scheduler, guided, timestep, latents, noise)
         yield latents
 
 

@@ -30,7 +30,9 @@ from runtime.requests import (
     Request,
     Resolved,
     VideoRequest,
+    keyframe_schedule,
     resolve,
+    video_schedule,
 )
 from runtime.tokenizers import TextTokenizer
 from runtime.vocabulary import EOS
@@ -279,6 +281,8 @@ class Reference:
             steps=settings.keyframe_steps,
             guidance=settings.image_guidance,
             noise=noise,
+            options=keyframe_schedule(settings),
+            interval=settings.image_guidance_interval,
             start=start,
             level=level,
         ):
@@ -292,7 +296,8 @@ class Reference:
         picture = self.tensor(to_signed(resize_image(frame, settings.keyframe_size)))[None]
         clean = keyframes.encode(self.module("keyframe_vae"), picture)
         steps, scheduler = settings.keyframe_steps, self.config.keyframe_scheduler
-        return keyframes.noised(clean, scheduler, steps=steps, level=level, noise=noise)
+        options = keyframe_schedule(settings)
+        return keyframes.noised(clean, scheduler, steps=steps, level=level, noise=noise, options=options)
 
     @torch.inference_mode()
     def motion_of(self, motion_ids: list[int], size: tuple[int, int]) -> Tensor:
@@ -320,6 +325,8 @@ class Reference:
             steps=settings.video_steps,
             guidance=settings.video_guidance,
             noise=noise,
+            options=video_schedule(settings),
+            interval=settings.video_guidance_interval,
         ):
             last = latents
         frames = clips.decode(vae, last, self.config.defaults.decode_chunk)

@@ -1,0 +1,12 @@
+"""What the parts of a denoising schedule are called: samplers and spacings.
+
+Contract: names alone, so that a command can offer them before anything is imported. `runtime.schedulers` says what the
+samplers do, `runtime.noise_levels` what the spacings are.
+"""
+
+from __future__ import annotations
+
+SAMPLERS = ("euler", "heun", "dpmpp-2m", "euler-ancestral", "ddim")
+OF_TIMESTEPS = ("euler-ancestral", "ddim")  # as the reference has them, these know training timesteps alone
+TIMESTEP_SPACINGS = ("leading", "trailing", "linspace")
+LEVEL_SPACINGS = ("karras", "exponential", "ays")
