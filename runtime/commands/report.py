@@ -68,6 +68,11 @@ class Report:
         else:
             self._bars.console.print(f"note: {text}", markup=False, highlight=False, soft_wrap=True)
 
+    def event(self, event: str, **values: Any) -> None:
+        """Something programs may want before the end; nothing for people."""
+        if self._json:
+            self._emit(event, **values)
+
     def result(self, text: str, **values: Any) -> None:
         """The outcome: `text` for people, `values` for programs."""
         if self._json:
