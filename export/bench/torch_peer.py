@@ -28,9 +28,13 @@ from videolavit.checkpoints import Checkpoint
 NAME = "torch"
 
 
-def make(source: Source, device: str, dtype: str, *, threads: int) -> TorchPeer:
-    """The peer, with `threads` threads on the CPU. `device` as torch names it, `dtype` `float32` or `float16`."""
+def make(folder: str | None, preset: str, layers: int | None, device: str, dtype: str, *, threads: int) -> TorchPeer:
+    """The peer, with `threads` threads on the CPU.
+
+    `folder`, `preset` and `layers` are a `Source`'s; `device` is as torch names it, `dtype` `float32` or `float16`.
+    """
     torch.set_num_threads(threads)
+    source = Source(folder=None if folder is None else Path(folder), preset=preset, layers=layers)
     return TorchPeer(source.checkpoint(), torch.device(device), getattr(torch, dtype))
 
 
@@ -77,8 +81,8 @@ class TorchPeer:
         allowed = slice(work.allowed.start, work.allowed.stop)
 
         def run() -> None:
-            for context, cache in zip(contexts, caches, strict=True):
-                _crop(cache, context.shape[1] - 1)
+            for index, context in enumerate(contexts):
+                caches[index] = _cropped(caches[index], context.shape[1] - 1)
             inputs = [context[:, -1:] for context in contexts]
             for _ in range(work.tokens):
                 scores = [_forward(model, x, cache)[:, allowed] for x, cache in zip(inputs, caches, strict=True)]
@@ -134,7 +138,11 @@ def _cache() -> Any:
     return DynamicCache()
 
 
-def _crop(cache: Any, length: int) -> None:
-    """Keep the first `length` positions."""
-    if cache.get_seq_length() > length:
-        cache.crop(length) if length else cache.reset()
+def _cropped(cache: Any, length: int) -> Any:
+    """The first `length` positions of a cache; a new one where that is none."""
+    if not length:
+        return _cache()
+    surplus = cache.get_seq_length() - length
+    if surplus > 0:
+        cache.crop(-surplus)
+    return cache

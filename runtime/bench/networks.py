@@ -135,7 +135,10 @@ def contenders(
     amount: float = 1.0,
     of: str = "",
 ) -> list[Row]:
-    """A row for each contender, the runtime's own first; those of peers say how they compare."""
+    """A row for each contender, the runtime's own first; those of peers say how they compare.
+
+    `bytes` are of the runtime's own weights, which a peer may hold in another form.
+    """
     median = times[OURS].median
     return [
         Row(
@@ -147,7 +150,7 @@ def contenders(
             amount=amount,
             of=of,
             flops=flops,
-            bytes=bytes,
+            bytes=bytes if name == OURS else None,
             ratio=None if name == OURS else own.median / median,
             ratio_to="" if name == OURS else OURS,
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 import numpy as np
 
@@ -75,13 +75,14 @@ class PeerSpec:
     Attributes:
         name: for people.
         factory: `module:function`, called with `arguments` and `threads=`, gives the Peer.
-        arguments: picklable.
+        arguments: numbers and texts. Anything else would bring its module into a stage's process before the peak
+            memory of the runtime alone was read.
         install: what to run when a library of it is missing.
     """
 
     name: str
     factory: str
-    arguments: tuple[Any, ...]
+    arguments: tuple[str | int | None, ...]
     install: str
 
     def make(self, threads: int) -> Peer:

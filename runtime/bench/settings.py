@@ -9,7 +9,9 @@ from runtime.bench.timing import Times
 from runtime.bundle import Manifest
 from runtime.engines import EngineOptions
 from runtime.errors import UsageError
+from runtime.requests import VideoRequest, resolve
 
+PROMPT = "a red circle moving right"
 OURS = "videolavit"
 
 
@@ -48,7 +50,7 @@ class BenchSettings:
         return EngineOptions(provider=self.provider, threads=self.threads)
 
     def check(self, manifest: Manifest) -> None:
-        """Raise UsageError for sizes and contexts that the model does not have."""
+        """Raise UsageError for sizes, steps and contexts that the model does not have."""
         positions = manifest.language_model.max_positions
         for context in self.contexts:
             if context + self.tokens > positions:
@@ -56,9 +58,18 @@ class BenchSettings:
                     f"--contexts {context}: with --tokens {self.tokens} it comes to {context + self.tokens} positions, "
                     f"the language model has {positions}; ask for at most {max(0, positions - self.tokens)}"
                 )
-        for flag, size in (("--size", self.size), ("--keyframe-size", self.keyframe_size)):
-            if size is not None:
-                manifest.geometry.check_size(flag, size)
+        resolve(self.clip_request(manifest), manifest.geometry, manifest.defaults)
+
+    def clip_request(self, manifest: Manifest) -> VideoRequest:
+        """The clip that is made."""
+        size, keyframe_size = self.sizes(manifest)
+        return VideoRequest(
+            prompt=PROMPT,
+            size=size,
+            keyframe_size=keyframe_size,
+            keyframe_steps=self.keyframe_steps,
+            video_steps=self.video_steps,
+        )
 
     def sizes(self, manifest: Manifest) -> tuple[tuple[int, int], tuple[int, int]]:
         """(width, height) of a clip's pictures and of key frames."""

@@ -12,7 +12,6 @@ from runtime.noise import Noise
 from runtime.pipeline import Pipeline
 from runtime.requests import VideoRequest
 
-PROMPT = "a red circle moving right"
 # A clip from a sentence needs these, by the order in which they are called.
 ENGINES = (
     "token_embedding",
@@ -31,14 +30,8 @@ ENGINES = (
 def clip(bench: Bench) -> list[Row]:
     """The clip, and how long each of its parts took in the same runs."""
     settings, defaults = bench.settings, bench.manifest.defaults
-    size, keyframe_size = settings.sizes(bench.manifest)
-    request = VideoRequest(
-        prompt=PROMPT,
-        size=size,
-        keyframe_size=keyframe_size,
-        keyframe_steps=settings.keyframe_steps,
-        video_steps=settings.video_steps,
-    )
+    size = settings.sizes(bench.manifest)[0]
+    request = settings.clip_request(bench.manifest)
     parts: list[dict[str, float]] = []
     with Pipeline(bench.bundle, threads=settings.threads, provider=settings.provider) as pipeline:
         run = _making(pipeline, request, settings.seed, parts)

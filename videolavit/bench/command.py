@@ -224,7 +224,7 @@ def _random_bundle(
     needs = random_bundle.plan(config, names, precision, settings)
     for need in needs:
         report.note(
-            f"{need.engine} in {need.precision}: {need.parameters / 1e6:.0f} million parameters, about "
+            f"{need.engine} in {need.precision}: {need.parameters / 1e6:,.1f} million parameters, about "
             f"{need.disk / GIB:.2f} GiB of disk, {need.writing / GIB:.1f} GiB of memory to write and "
             f"{need.running / GIB:.1f} GiB to run"
         )
@@ -265,13 +265,13 @@ def _peers(
     from runtime.bench.peer import PeerSpec
 
     try:
-        from export.bench.source import Source
+        from videolavit.checkpoints import load
     except ModuleNotFoundError as error:
         raise EnvironmentProblem(f"--against {against[0]}: {error.name} is not installed; run: {INSTALL}") from error
-    source = Source(folder=checkpoint, preset=preset or "", layers=layers)
-    if checkpoint is not None and source.checkpoint().digest != bundle.manifest.source:
+    if checkpoint is not None and load(checkpoint).digest != bundle.manifest.source:
         raise BundleError(f"{bundle.path}: was not made from the weights in {checkpoint}; name its own checkpoint")
     device = choose_provider(settings.provider)
     dtype = "float16" if device == "cuda" else "float32"
     report.note(f"torch computes in {dtype} on {device}, eagerly")
-    return [PeerSpec(name, f"export.bench.{name}_peer:make", (source, device, dtype), INSTALL) for name in against]
+    arguments = (checkpoint and str(checkpoint), preset or "", layers, device, dtype)
+    return [PeerSpec(name, f"export.bench.{name}_peer:make", arguments, INSTALL) for name in against]
