@@ -30,6 +30,7 @@ from videolavit.inventory import inventory
 GIB = 2**30
 PROCESS = 300 * 2**20  # bytes of a process with ONNX Runtime and nothing loaded
 WRITER = 900 * 2**20  # of one with torch and the exporter
+TORCH = 400 * 2**20  # of torch, beside weights
 TENSOR_FORMS = 4  # a tensor is in memory as it is drawn, stored, widened and encoded
 # Bytes that a parameter takes when ONNX Runtime has an engine loaded on a CPU. Floats are stored in 16 bits and widened
 # to 32; integers are packed a second time. 7 billion parameters in int4 took 0.93.
@@ -61,8 +62,10 @@ def engines_of(stages: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(name for stage in stages for name in STAGES[stage].engines))
 
 
-def plan(config: ModelConfig, stages: Sequence[str], precision: Precision, settings: BenchSettings) -> list[Need]:
-    """What every engine will take.
+def plan(
+    config: ModelConfig, stages: Sequence[str], precision: Precision, settings: BenchSettings, copies: int = 0
+) -> list[Need]:
+    """What every engine will take, with `copies` of its weights in float32 beside it for peers.
 
     Integer precisions are the language model's; other engines are then in fp32 on a CPU, as in the profile `cpu`, and
     in fp16 elsewhere. Raises UsageError for a precision that the language model cannot have.
@@ -72,7 +75,7 @@ def plan(config: ModelConfig, stages: Sequence[str], precision: Precision, setti
         default=EngineSettings(precision=precision if precision in ("fp32", "fp16") else floats),
         engines={LANGUAGE_MODEL: EngineChoice(precision=precision)},
     )
-    return [_need(config, name, export.for_engine(name).precision, settings) for name in engines_of(stages)]
+    return [_need(config, name, export.for_engine(name).precision, settings, copies) for name in engines_of(stages)]
 
 
 def check(needs: Sequence[Need], folder: Path) -> None:
@@ -115,7 +118,7 @@ def write(
     return Bundle.open(folder, check_hashes=False)
 
 
-def _need(config: ModelConfig, name: str, precision: Precision, settings: BenchSettings) -> Need:
+def _need(config: ModelConfig, name: str, precision: Precision, settings: BenchSettings, copies: int) -> Need:
     sizes = [math.prod(shape) for part in components_of(name) for shape in inventory(config, part).values()]
     parameters = sum(sizes)
     head = config.vocabulary.size * config.language_model.hidden_size  # of the table and of the last matrix alike
@@ -132,7 +135,10 @@ def _need(config: ModelConfig, name: str, precision: Precision, settings: BenchS
         parameters=parameters,
         disk=int(disk),
         writing=WRITER + TENSOR_FORMS * 4 * max(sizes),
-        running=PROCESS + int(parameters * RUNNING[precision]) + _activations(config, name, settings),
+        running=PROCESS
+        + int(parameters * RUNNING[precision])
+        + copies * (TORCH + 4 * parameters)
+        + _activations(config, name, settings),
     )
 
 

@@ -119,11 +119,8 @@ def bench(
         check_output(markdown, (".md",), force=True)
     with Report(as_json) as report:
         settings = BenchSettings(count_work=not no_roofs, contexts=contexts or (), **choices)
-        with _opened(report, bundle, preset, layers, precision or "fp32", stages, settings) as (
-            opened,
-            names,
-            settings,
-        ):
+        with _opened(report, bundle, preset, layers, precision or "fp32", stages, settings, len(against)) as found:
+            opened, names, settings = found
             peers = _peers(report, opened, against, checkpoint, preset, layers, settings)
             done: list[str] = []
 
@@ -132,12 +129,12 @@ def bench(
                 report.progress(Progress("bench", len(done), len(names)))
                 report.event("stage", **documents.stage_figures(result))
 
-            found = measure(opened, names, settings, peers, on_stage)
+            measured = measure(opened, names, settings, peers, on_stage)
         if markdown is not None:
             command = shlex.join(["videolavit", *sys.argv[1:]])
             with published(markdown) as staging, writing(markdown):
-                staging.write_text(documents.markdown(found, command), encoding="utf-8")
-        report.result(documents.table(found), **documents.figures(found))
+                staging.write_text(documents.markdown(measured, command), encoding="utf-8")
+        report.result(documents.table(measured), **documents.figures(measured))
 
 
 def _check_choices(
@@ -171,6 +168,7 @@ def _opened(
     precision: Precision,
     stages: str | None,
     settings: BenchSettings,
+    peers: int,
 ) -> Iterator[tuple[Bundle, tuple[str, ...], BenchSettings]]:
     """The bundle, the stages to measure, and the settings with contexts that the model has room for."""
     from runtime.bench.run import missing_engines
@@ -179,7 +177,7 @@ def _opened(
 
     asked = parse_stages(stages) if stages is not None else None
     if preset is not None:
-        with _random_bundle(report, preset, layers, precision, asked, settings) as opened:
+        with _random_bundle(report, preset, layers, precision, asked, settings, peers) as opened:
             yield opened
         return
     bundle = Bundle.open(find(name))
@@ -209,6 +207,7 @@ def _random_bundle(
     precision: Precision,
     asked: tuple[str, ...] | None,
     settings: BenchSettings,
+    peers: int,
 ) -> Iterator[tuple[Bundle, tuple[str, ...], BenchSettings]]:
     """As `_opened`, of random weights in a temporary folder. Says what it takes, and refuses before it is taken."""
     try:
@@ -221,7 +220,7 @@ def _random_bundle(
     config = source.config()
     names = asked or ("prefill", "decode")
     settings = _with_contexts(settings, config.language_model.max_positions)
-    needs = random_bundle.plan(config, names, precision, settings)
+    needs = random_bundle.plan(config, names, precision, settings, copies=peers)
     for need in needs:
         report.note(
             f"{need.engine} in {need.precision}: {need.parameters / 1e6:,.1f} million parameters, about "
@@ -273,5 +272,6 @@ def _peers(
     device = choose_provider(settings.provider)
     dtype = "float16" if device == "cuda" else "float32"
     report.note(f"torch computes in {dtype} on {device}, eagerly")
-    arguments = (checkpoint and str(checkpoint), preset or "", layers, device, dtype)
+    folder = None if checkpoint is None else str(checkpoint)
+    arguments = (folder, preset or "", layers, device, dtype)
     return [PeerSpec(name, f"export.bench.{name}_peer:make", arguments, INSTALL) for name in against]
