@@ -5,8 +5,8 @@
 
 Contract: the stages of `videolavit bench`, with more peers: torch eagerly (for the key frame's UNet and the
 autoencoders these are diffusers' own classes), torch compiled with `--compile`, and for the video UNet the class that
-diffusers has for Stable Video Diffusion. All take turns run by run in one process a stage. Says what it needs, and refuses what does
-not fit. The last line of stdout is one JSON object.
+diffusers has for Stable Video Diffusion. All take turns run by run in one process a stage. Says what it needs, and
+refuses what does not fit. The last line of stdout is one JSON object.
 """
 
 from __future__ import annotations
