@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -378,8 +382,49 @@ def test_a_process_of_its_own_gives_back_results_and_errors() -> None:
     with pytest.raises(ParityError) as raised:
         apart("parity", _disagree)
     assert raised.value.component == "unet" and raised.value.measured == 2.0
-    with pytest.raises(EnvironmentProblem, match="end: the process that measured it was ended"):
+    with pytest.raises(EnvironmentProblem, match="end: its process was ended"):
         apart("end", _end)
+    with pytest.raises(RuntimeError, match=r"crash failed:(.|\n)*ZeroDivisionError"):
+        apart("crash", divmod, 1, 0)
+
+
+def test_whoever_ends_a_benchmark_ends_its_process_and_leaves_nothing(tmp_path: Path) -> None:
+    script = (
+        "import signal, sys\n"
+        "from pathlib import Path\n"
+        "from runtime.bench.apart import apart\n"
+        "from test_bench import _wait_in_a_folder\n"
+        "signal.signal(signal.SIGTERM, signal.default_int_handler)\n"
+        "if __name__ == '__main__': apart('wait', _wait_in_a_folder, sys.argv[1])\n"
+    )
+    program = tmp_path / "program.py"
+    program.write_text(script)
+    root = Path(__file__).parent.parent
+    environment = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}"}
+    where = tmp_path / "work"
+    where.mkdir()
+    process = subprocess.Popen([sys.executable, program, where], env=environment, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 300
+        while not list(where.glob("*/pid")) and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        child = int(next(where.glob("*/pid")).read_text())
+        process.terminate()
+        assert process.wait(timeout=300) != 0
+    finally:
+        process.kill()
+        process.wait()
+    assert not list(where.iterdir())
+    with pytest.raises(ProcessLookupError):
+        os.kill(child, 0)
+
+
+def _wait_in_a_folder(where: str) -> None:
+    with tempfile.TemporaryDirectory(dir=where) as folder:
+        staging = Path(folder) / "pid.tmp"
+        staging.write_text(str(os.getpid()))
+        staging.rename(Path(folder) / "pid")
+        time.sleep(600)
 
 
 def _disagree() -> None:
@@ -387,8 +432,6 @@ def _disagree() -> None:
 
 
 def _end() -> None:
-    import os
-
     os._exit(9)
 
 

@@ -19,6 +19,7 @@ from export.engine import Built, build_apart
 from export.graphs.registry import LANGUAGE_MODEL, components_of
 from export.plan import BYTES, available_memory
 from export.settings import EngineChoice, EngineSettings, ExportSettings, Precision
+from runtime.backends.onnxruntime import choose_provider
 from runtime.bench.settings import BenchSettings
 from runtime.bench.stages import STAGES
 from runtime.bundle import Bundle, write_manifest
@@ -70,7 +71,7 @@ def plan(
     Integer precisions are the language model's; other engines are then in fp32 on a CPU, as in the profile `cpu`, and
     in fp16 elsewhere. Raises UsageError for a precision that the language model cannot have.
     """
-    floats: Precision = "fp32" if settings.provider == "cpu" else "fp16"
+    floats: Precision = "fp32" if choose_provider(settings.provider) == "cpu" else "fp16"
     export = ExportSettings(
         default=EngineSettings(precision=precision if precision in ("fp32", "fp16") else floats),
         engines={LANGUAGE_MODEL: EngineChoice(precision=precision)},

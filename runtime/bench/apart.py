@@ -1,23 +1,28 @@
 """A call in a process of its own.
 
 Contract: `apart` gives back what the function returns and raises the project's errors that it raised. The process is a
-fresh one, so its peak memory is that of the call, and all of it is given back. `peak_memory` reads that peak.
+fresh one, so its peak memory is that of the call, and all of it is given back. Whatever ends the caller early, Ctrl-C
+included, ends the process too, and what it had in temporary folders is removed. `peak_memory` reads the peak.
 """
 
 from __future__ import annotations
 
 import multiprocessing
+import signal
+import sys
+import traceback
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, TypeVar
+from types import FrameType
+from typing import Any, NoReturn, TypeVar
 
 from runtime.engines import peak_rss
 from runtime.errors import EnvironmentProblem, VideoLavitError
 
 T = TypeVar("T")
+PATIENCE = 10  # seconds a process has to remove what it wrote
 
 
 @dataclass(frozen=True)
@@ -29,19 +34,39 @@ class _Failure:
     values: dict[str, object]
 
 
+@dataclass(frozen=True)
+class _Crash:
+    """The traceback of an error that is our own fault."""
+
+    text: str
+
+
 def apart(what: str, function: Callable[..., T], *arguments: Any) -> T:
     """`function(*arguments)`, both picklable, in a fresh process.
 
     Raises the VideoLavitError that the function raises, and EnvironmentProblem naming `what` when the process dies.
     """
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_serve, args=(sender, function, arguments))
+    process.start()
+    sender.close()
     try:
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            result = pool.submit(_result_or_failure, function, arguments).result()
-    except BrokenProcessPool as error:
+        result = receiver.recv()
+    except EOFError:
         raise EnvironmentProblem(
-            f"{what}: the process that measured it was ended, most likely for want of memory; "
-            "free some, or leave it out with --stages"
-        ) from error
+            f"{what}: its process was ended, most likely for want of memory; free some, or leave this out"
+        ) from None
+    finally:
+        if sys.exc_info()[0] is not None:
+            process.terminate()
+        process.join(PATIENCE)
+        if process.is_alive():
+            process.kill()
+            process.join()
+        receiver.close()
+    if isinstance(result, _Crash):
+        raise RuntimeError(f"{what} failed:\n{result.text}")
     if isinstance(result, _Failure):
         failure = result.kind.__new__(result.kind, result.message)
         failure.args = (result.message,)
@@ -50,11 +75,21 @@ def apart(what: str, function: Callable[..., T], *arguments: Any) -> T:
     return result
 
 
-def _result_or_failure(function: Callable[..., T], arguments: tuple[Any, ...]) -> T | _Failure:
+def _serve(sender: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to both; the caller says what is to happen
+    signal.signal(signal.SIGTERM, _leave)
     try:
-        return function(*arguments)
+        result = function(*arguments)
     except VideoLavitError as error:
-        return _Failure(type(error), str(error), vars(error))
+        result = _Failure(type(error), str(error), vars(error))
+    except Exception:
+        result = _Crash(traceback.format_exc())
+    sender.send(result)
+
+
+def _leave(signum: int, frame: FrameType | None) -> NoReturn:
+    # As an exception, so that temporary folders are removed on the way out.
+    sys.exit(143)
 
 
 def peak_memory() -> int:
