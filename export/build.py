@@ -113,7 +113,7 @@ def export_bundle(
                 built = stage.build(key, lambda folder: make(checkpoint, name, folder, own, compare))  # noqa: B023
             engines[key] = built
             observer(Progress("export", len(engines), len(names)))
-        stage.publish(engines, lambda folder: _manifest(checkpoint, folder, list(engines.values())))
+        stage.publish(engines, lambda folder: manifest_of(checkpoint, folder, list(engines.values())))
     return list(engines.values())
 
 
@@ -153,8 +153,11 @@ def _elements(checkpoint: Checkpoint, components: Sequence[str]) -> int:
     return sum(math.prod(shape) for name in components for shape in inventory(checkpoint.config, name).values())
 
 
-def _manifest(checkpoint: Checkpoint, folder: Path, engines: Sequence[Built]) -> Manifest:
-    """The manifest of the bundle in `folder`, which gets the tokenizer."""
+def manifest_of(checkpoint: Checkpoint, folder: Path, engines: Sequence[Built], source: str | None = None) -> Manifest:
+    """The manifest of the bundle in `folder`, which gets the tokenizer.
+
+    `source` stands for the digest of the weights where that would take long and says nothing.
+    """
     tokenizer = folder / "tokenizer.model"
     tokenizer.write_bytes(checkpoint.tokenizer)
     config = checkpoint.config
@@ -163,7 +166,7 @@ def _manifest(checkpoint: Checkpoint, folder: Path, engines: Sequence[Built]) ->
         format=FORMAT,
         name=config.name,
         trained=checkpoint.trained,
-        source=checkpoint.digest,
+        source=checkpoint.digest if source is None else source,
         versions=_versions(),
         vocabulary=config.vocabulary,
         geometry=config.geometry,

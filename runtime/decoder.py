@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -97,16 +98,21 @@ class Step:
     Attributes:
         tokens: [B] int64; pad for rows that had finished before.
         finished: [B] bool, after this token.
-        logprobs: [B] float32, log-probability of the token under the processed scores.
+        positions: [B] int64, of what was chosen among the allowed ids, also for rows that had finished.
         scores: [B, n] float32, processed scores of the allowed ids.
         elapsed: seconds this token took; the first one's include the prefill.
     """
 
     tokens: np.ndarray
     finished: np.ndarray
-    logprobs: np.ndarray
+    positions: np.ndarray
     scores: np.ndarray
     elapsed: float
+
+    @cached_property
+    def logprobs(self) -> np.ndarray:
+        """[B] float32, log-probability of what was chosen under the processed scores."""
+        return np.take_along_axis(sampling.log_softmax(self.scores), self.positions[:, None], axis=-1)[:, 0]
 
 
 def generate(
@@ -167,7 +173,6 @@ def generate(
     for count in range(1, budget + 1):
         scores = sampling.apply(process, allowed.take(logits), generated)  # [B, n]
         positions = sample(scores)  # [B]
-        logprobs = np.take_along_axis(sampling.log_softmax(scores), positions[:, None], axis=-1)[:, 0]
         tokens = np.where(finished, phase.pad, allowed.ids[positions])
         generated = np.concatenate([generated, tokens[:, None]], axis=1)
         if options.exact is None:
@@ -176,7 +181,7 @@ def generate(
                 finished = finished | np.array([stop(row) for row in generated])
         else:
             finished = np.full(rows, count == budget)
-        yield Step(tokens, finished, logprobs, scores, time.perf_counter() - began)
+        yield Step(tokens, finished, positions, scores, time.perf_counter() - began)
         if finished.all() or count == budget:
             return
         began = time.perf_counter()

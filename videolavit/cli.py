@@ -33,6 +33,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "tokenize": ("videolavit.training.data.commands", "tokenize", "Run the tokenizers over training data once."),
     "fidelity": ("export.fidelity.command", "fidelity", "Compare the model with golden numbers of the reference."),
     "verify": ("export.commands", "verify", "Compare a bundle with its checkpoint in torch."),
+    "bench": ("videolavit.bench.command", "bench", "Measure how fast a bundle is on this machine."),
     "evaluate": ("videolavit.evaluation.command", "evaluate", "Measure what a bundle makes of held-out prompts."),
 }
 

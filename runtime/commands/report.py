@@ -87,6 +87,11 @@ class Report:
         elif plan.budget is not None:
             self.note(f"memory plan: {plan.line()}")
 
+    def event(self, event: str, **values: Any) -> None:
+        """Something programs may want before the end; nothing for people."""
+        if self._json:
+            self._emit(event, **values)
+
     def result(self, text: str, **values: Any) -> None:
         """The outcome: `text` for people, `values` for programs."""
         if self._json:

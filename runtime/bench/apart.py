@@ -1,0 +1,103 @@
+"""A call in a process of its own.
+
+Contract: `apart` gives back what the function returns and raises the project's errors that it raised. The process is a
+fresh one, so its peak memory is that of the call, and all of it is given back. Whatever ends the caller early, Ctrl-C
+included, ends the process too, and what it had in temporary folders is removed. `peak_memory` reads the peak.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn, TypeVar
+
+from runtime.engines import peak_rss
+from runtime.errors import EnvironmentProblem, VideoLavitError
+
+T = TypeVar("T")
+PATIENCE = 10  # seconds a process has to remove what it wrote
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """An error as its parts: those with arguments of their own do not survive the way between processes."""
+
+    kind: type[VideoLavitError]
+    message: str
+    values: dict[str, object]
+
+
+@dataclass(frozen=True)
+class _Crash:
+    """The traceback of an error that is our own fault."""
+
+    text: str
+
+
+def apart(what: str, function: Callable[..., T], *arguments: Any) -> T:
+    """`function(*arguments)`, both picklable, in a fresh process.
+
+    Raises the VideoLavitError that the function raises, and EnvironmentProblem naming `what` when the process dies.
+    """
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_serve, args=(sender, function, arguments))
+    process.start()
+    sender.close()
+    try:
+        result = receiver.recv()
+    except EOFError:
+        raise EnvironmentProblem(
+            f"{what}: its process was ended, most likely for want of memory; free some, or leave this out"
+        ) from None
+    finally:
+        if sys.exc_info()[0] is not None:
+            process.terminate()
+        process.join(PATIENCE)
+        if process.is_alive():
+            process.kill()
+            process.join()
+        receiver.close()
+    if isinstance(result, _Crash):
+        raise RuntimeError(f"{what} failed:\n{result.text}")
+    if isinstance(result, _Failure):
+        failure = result.kind.__new__(result.kind, result.message)
+        failure.args = (result.message,)
+        failure.__dict__.update(result.values)
+        raise failure
+    return result
+
+
+def _serve(sender: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to both; the caller says what is to happen
+    signal.signal(signal.SIGTERM, _leave)
+    try:
+        result = function(*arguments)
+    except VideoLavitError as error:
+        result = _Failure(type(error), str(error), vars(error))
+    except Exception:
+        result = _Crash(traceback.format_exc())
+    sender.send(result)
+
+
+def _leave(signum: int, frame: FrameType | None) -> NoReturn:
+    # As an exception, so that temporary folders are removed on the way out.
+    sys.exit(143)
+
+
+def peak_memory() -> int:
+    """Largest resident memory of this process so far, bytes, without what the process that started it had."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+    except OSError:
+        return peak_rss()
+    # On Linux `peak_rss` starts at the size of the parent, because it counts from before the new program was loaded.
+    line = next((line for line in status.splitlines() if line.startswith("VmHWM:")), None)
+    return int(line.split()[1]) * 1024 if line else peak_rss()
