@@ -18,8 +18,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
-from runtime.engines import peak_rss
 from runtime.errors import EnvironmentProblem, VideoLavitError
+from runtime.memory import peak_rss
 
 T = TypeVar("T")
 PATIENCE = 10  # seconds a process has to remove what it wrote
