@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from runtime.bench import report
-from runtime.bench.apart import apart, peak_memory
+from runtime.bench.apart import apart
 from runtime.bench.context import Bench
 from runtime.bench.language import decode
 from runtime.bench.networks import contenders
@@ -32,6 +32,7 @@ from runtime.bench.work import Work, count, count_call, count_language_model
 from runtime.bundle import Bundle
 from runtime.engines import EngineOptions
 from runtime.errors import EnvironmentProblem, ParityError, UsageError
+from runtime.memory import peak_rss
 from videolavit.cli import main
 
 ONE = EngineOptions(threads=1)
@@ -78,7 +79,7 @@ def test_json_ends_in_one_object_with_every_figure(bench, tiny_bundle: Path) -> 
     stages = {stage["stage"]: stage for stage in result["stages"]}
     assert list(stages) == ["prefill", "decode", "keyframe-unet"]
     for stage in stages.values():
-        assert stage["peak_memory"] > 10 * 2**20
+        assert stage["peak_rss"] > 10 * 2**20
         for row in stage["rows"]:
             assert len(row["seconds"]) == 2
             assert row["mean"] > 0 and row["median"] > 0 and row["spread"] >= 0
@@ -132,7 +133,7 @@ def test_torch_takes_turns(bench, tiny_bundle: Path, tiny_checkpoint: Path) -> N
         for ours, theirs in zip(rows[::2], rows[1::2], strict=True):
             assert theirs["ratio"] == pytest.approx(theirs["median"] / ours["median"])
             assert theirs["ratio_to"] == OURS
-        assert stage["peak_memory"] < 200 * 2**20  # torch alone would take more
+        assert stage["peak_rss"] < 200 * 2**20  # torch alone would take more
 
 
 def test_a_preset_is_measured_without_any_weights(bench, tmp_path: Path) -> None:
@@ -376,7 +377,7 @@ def test_stages_keep_the_tables_order() -> None:
 
 def test_a_process_of_its_own_gives_back_results_and_errors() -> None:
     assert apart("sum", sum, [1, 2]) == 3
-    assert apart("memory", peak_memory) < peak_memory() + 2**30
+    assert apart("memory", peak_rss) < peak_rss() + 2**30
     with pytest.raises(UsageError, match="stages"):
         apart("stages", parse_stages, "none")
     with pytest.raises(ParityError) as raised:
@@ -461,7 +462,7 @@ def test_cells_of_a_document_cannot_break_its_table(tiny_bundle: Path) -> None:
         settings=settings,
         machine=machine(settings),
         roofs=None,
-        stages=(StageResult(stage="motion-vectors", rows=(row,), peak_memory=1 << 20, load_seconds=0.0),),
+        stages=(StageResult(stage="motion-vectors", rows=(row,), peak_rss=1 << 20, load_seconds=0.0),),
     )
     text = report.markdown(found, "videolavit bench")
     assert "a\\|b.mp4" in text and "0.2 µs/video" in text and "untrained" not in text

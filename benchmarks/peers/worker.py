@@ -14,8 +14,9 @@ import time
 from multiprocessing.connection import Connection
 from typing import Any
 
+from runtime.bench.memory import peak_rss
+
 from peers.protocol import Setting
-from runtime.bench.apart import peak_memory
 
 REST = 0.05  # seconds after a call in which the threads of a library that waits actively go to sleep
 
@@ -98,7 +99,7 @@ def _serve(connection: Connection, name: str, setting: Setting) -> None:
         while True:
             method, arguments = connection.recv()
             if method == "peak":
-                connection.send(("done", (peak_memory(), 0.0)))
+                connection.send(("done", (peak_rss(), 0.0)))
                 continue
             started = time.perf_counter()
             result = getattr(peer, method)(*arguments)

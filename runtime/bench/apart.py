@@ -2,7 +2,7 @@
 
 Contract: `apart` gives back what the function returns and raises the project's errors that it raised. The process is a
 fresh one, so its peak memory is that of the call, and all of it is given back. Whatever ends the caller early, Ctrl-C
-included, ends the process too, and what it had in temporary folders is removed. `peak_memory` reads the peak.
+included, ends the process too, and what it had in temporary folders is removed.
 """
 
 from __future__ import annotations
@@ -14,12 +14,10 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
 from runtime.errors import EnvironmentProblem, VideoLavitError
-from runtime.memory import peak_rss
 
 T = TypeVar("T")
 PATIENCE = 10  # seconds a process has to remove what it wrote
@@ -90,14 +88,3 @@ def _serve(sender: Connection, function: Callable[..., Any], arguments: tuple[An
 def _leave(signum: int, frame: FrameType | None) -> NoReturn:
     # As an exception, so that temporary folders are removed on the way out.
     sys.exit(143)
-
-
-def peak_memory() -> int:
-    """Largest resident memory of this process so far, bytes, without what the process that started it had."""
-    try:
-        status = Path("/proc/self/status").read_text(encoding="ascii")
-    except OSError:
-        return peak_rss()
-    # On Linux `peak_rss` starts at the size of the parent, because it counts from before the new program was loaded.
-    line = next((line for line in status.splitlines() if line.startswith("VmHWM:")), None)
-    return int(line.split()[1]) * 1024 if line else peak_rss()

@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from runtime.bench.apart import peak_memory
 from runtime.bench.peer import Peer, PeerSpec
 from runtime.bench.settings import OURS, BenchSettings
 from runtime.bench.timing import Run, Times, Turn, take_turns
 from runtime.bench.work import Work
 from runtime.bundle import Bundle
 from runtime.engines import EngineSet, processors
+from runtime.memory import peak_rss
 
 ATTEMPTS = 2  # runs before peak memory is read: what a library allocates at its second call counts too
 
@@ -55,7 +55,7 @@ class Bench:
         for run in runs:
             for _ in range(ATTEMPTS):
                 run()
-        self.peak = peak_memory()
+        self.peak = peak_rss()
 
     def turn(self, ours: Run, theirs: Callable[[Peer], Run | None]) -> Turn:
         """The runtime's own run and those of the peers that have it."""

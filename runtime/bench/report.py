@@ -44,7 +44,7 @@ def stage_figures(stage: StageResult, roofs: Roofs | None = None) -> dict[str, A
     """One stage as plain values; shares of roofs only where these are given."""
     return {
         "stage": stage.stage,
-        "peak_memory": stage.peak_memory,
+        "peak_rss": stage.peak_rss,
         "load_seconds": stage.load_seconds,
         "notes": list(stage.notes),
         "rows": [_row_figures(row, roofs) for row in stage.rows],
@@ -131,7 +131,7 @@ def _cells(measurement: Measurement) -> Iterator[tuple[str, ...]]:
                 "" if per_second is None else f"{_number(per_second)} {row.of}/s",
                 "" if roof is None else f"{roof[1]:.0%} {roof[0]}",
                 "" if row.ratio is None else f"{row.ratio:.2f}× {row.ratio_to}",
-                f"{stage.peak_memory / MIB:.0f}" if not index else "",
+                f"{stage.peak_rss / MIB:.0f}" if not index else "",
             )
 
 

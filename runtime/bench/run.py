@@ -100,7 +100,7 @@ def measure_stage(path: Path, name: str, settings: BenchSettings, peers: tuple[P
     return StageResult(
         stage=name,
         rows=tuple(rows),
-        peak_memory=bench.peak,
+        peak_rss=bench.peak,
         load_seconds=sum(load.seconds for load in bench.engines.loads),
         notes=tuple(dict.fromkeys(bench.notes)),
     )

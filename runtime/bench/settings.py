@@ -110,13 +110,13 @@ class StageResult:
     """What one stage gave.
 
     Attributes:
-        peak_memory: resident bytes at most, of a process that did this stage alone and no peer.
+        peak_rss: resident bytes at most, of a process that did this stage alone and no peer.
         load_seconds: to load its engines.
         notes: what a reader has to know.
     """
 
     stage: str
     rows: tuple[Row, ...]
-    peak_memory: int
+    peak_rss: int
     load_seconds: float
     notes: tuple[str, ...] = ()
