@@ -20,6 +20,7 @@ from runtime.requests import AnswerRequest, ImageRequest, ReconstructionRequest,
 from runtime.residency import Order, Stage, estimate, make_plan
 from runtime.stages import stages_of
 
+SHIPPED = Path(__file__).parent.parent / "engines" / "shapes"
 SIZES = dict.fromkeys("abcdef", 1)
 
 
@@ -108,8 +109,8 @@ REQUESTS: dict[str, Request] = {
 
 
 @pytest.fixture(scope="module")
-def pipeline(tiny_bundle: Path) -> Iterator[Pipeline]:
-    with Pipeline(tiny_bundle, threads=1) as opened:
+def pipeline() -> Iterator[Pipeline]:
+    with Pipeline(SHIPPED, threads=1) as opened:
         yield opened
 
 
@@ -146,11 +147,11 @@ def test_a_task_asks_for_its_engines_in_the_planned_order(
     assert not any(unused)
 
 
-def test_a_budget_changes_loads_and_nothing_else(tiny_bundle: Path, pipeline: Pipeline) -> None:
+def test_a_budget_changes_loads_and_nothing_else(pipeline: Pipeline) -> None:
     request = REQUESTS["text to video"]
     assert isinstance(request, VideoRequest)
     free = list(pipeline.generate_video(request, Noise(1)))
-    with Pipeline(tiny_bundle, threads=1, memory_budget=1 << 20) as tight:
+    with Pipeline(SHIPPED, threads=1, memory_budget=1 << 20) as tight:
         plan = tight.memory_plan(request)
         held = list(tight.generate_video(request, Noise(1)))
         assert len(tight._engines.loads) > len(plan.sizes)
