@@ -48,6 +48,7 @@ shapes-model: $(VENV)/.dev
 	$(call TRAIN,keyframe-vae)
 	$(call TRAIN,video-vae)
 	$(call TRAIN,keyframe-detokenizer)
+	$(call TRAIN,keyframe-detokenizer,-more)
 	$(call TOKENIZE,clips) --count 6000 --seed 0 --fields $(PICTURE_FIELDS),motion_ids
 	$(call TOKENIZE,pictures) --count 3000 --seed 1 --fields $(PICTURE_FIELDS)
 	$(call TOKENIZE,pairs) --count 800 --seed 2 --clips 2 --fields $(PICTURE_FIELDS),motion_ids

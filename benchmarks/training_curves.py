@@ -24,6 +24,7 @@ STAGES = {
     "keyframe-vae": "psnr",
     "video-vae": "psnr",
     "keyframe-detokenizer": "psnr",
+    "keyframe-detokenizer-more": "psnr",
     "language-model": "loss",
     "instruct": "loss",
     "video-detokenizer-short": "psnr",
