@@ -392,7 +392,6 @@ def test_a_process_of_its_own_gives_back_results_and_errors() -> None:
 def test_whoever_ends_a_benchmark_ends_its_process_and_leaves_nothing(tmp_path: Path) -> None:
     script = (
         "import signal, sys\n"
-        "from pathlib import Path\n"
         "from runtime.bench.apart import apart\n"
         "from test_bench import _wait_in_a_folder\n"
         "signal.signal(signal.SIGTERM, signal.default_int_handler)\n"
