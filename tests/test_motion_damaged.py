@@ -31,8 +31,8 @@ PEAK_MIB = 250  # resident
 ROOT = Path(__file__).resolve().parent
 # One thread for numpy: every other reserves memory.
 ENVIRONMENT = {"PYTHONPATH": f"{ROOT}:{ROOT.parent}", "PATH": "/usr/bin:/bin", "OPENBLAS_NUM_THREADS": "1"}
-# A flipped bit in a time stamp can look like a pause, and pauses of up to MAX_GAP are filled. Which bits those are depends
-# on how this machine's encoder has written the video.
+# A flipped bit in a time stamp can look like a pause, and pauses of up to MAX_GAP are filled. Which bits those are
+# depends on how this machine's encoder has written the video.
 FRAMES = (MAX_GAP + 10) * 6
 
 
