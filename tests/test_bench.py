@@ -102,7 +102,7 @@ def test_every_stage_runs_and_the_table_has_them(bench, tiny_bundle: Path, tmp_p
     for stage in STAGES:
         assert any(line.startswith(stage) for line in done.out.splitlines()), stage
         assert f"| {stage} |" in text
-    assert "of it video decode" in text and "Made by `videolavit " in text and "untrained" in text
+    assert "of it video decode" in text and "Made by `videolavit" in text and "untrained" in text
     assert list(tmp_path.iterdir()) == [document]  # no staging file is left
 
 

@@ -94,7 +94,7 @@ def test_generate_writes_a_clip_with_its_recipe(run, tmp_path: Path) -> None:
     done = run("generate", "a red circle moving right", "-o", "a.mp4", "--seed", "5", *QUICK)
     assert done.code == 0, done.err
     assert "seed 5" in done.out
-    assert "untrained" in done.err
+    assert "untrained" not in done.err
     assert frames_of(tmp_path / "a.mp4") == 24
     recipe = json.loads(run("inspect", "a.mp4").out)
     assert recipe["settings"]["prompt"] == "a red circle moving right"
@@ -187,7 +187,7 @@ def test_ask_answers_on_stdout_alone(run, picture: Path) -> None:
     for media in (picture, VIDEO):
         done = run("ask", media, "what moves?", "--max-answer-tokens", "4", "--max-clips", "2")
         assert done.code == 0, done.err
-        assert "untrained" in done.err
+        assert "untrained" not in done.err
     events = run("ask", picture, "what moves?", "--max-answer-tokens", "4", "--json").events
     assert events[-1]["question"] == "what moves?"
 
@@ -298,8 +298,8 @@ MISTAKES = [
     (["ask", "picture.png"], 2, "QUESTION"),
     (["generate", "word " * 3000], 2, "positions"),
     (["ask", "picture.png", "word " * 3000], 2, "positions"),
-    (["generate", "x", "--size", "100x100"], 2, "multiples of 16"),
-    (["generate", "x", "--size", "65536x65536"], 2, "multiples of 16"),
+    (["generate", "x", "--size", "100x100"], 2, "multiples of 32"),
+    (["generate", "x", "--size", "65536x65536"], 2, "multiples of 32"),
     (["generate", "x", "--size", "big"], 2, "WIDTHxHEIGHT"),
     (["generate", "x", "--clips", "0"], 2, "--clips"),
     (["generate", "x", "--clips", "90"], 2, "--clips"),

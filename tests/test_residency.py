@@ -92,6 +92,7 @@ def test_an_unplanned_engine_changes_nothing_of_the_order() -> None:
 
 
 PICTURE = np.full((128, 128, 3), 120, np.uint8)
+PICTURE[40:90, 40:90] = (230, 20, 20)  # something for the visual tokenizer to keep
 GRID = np.random.default_rng(0).normal(size=(24, 2, 8, 8)).astype(np.float32)
 FEW: dict[str, Any] = {"keyframe_steps": 2}
 REQUESTS: dict[str, Request] = {
