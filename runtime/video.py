@@ -154,7 +154,8 @@ def _write_mp4(path: Path, staging: Path, frames: Iterator[np.ndarray], rate: Fr
 
     with _output(path, staging, {"movflags": "+faststart"}) as container:
         container.metadata[_TAG] = text
-        options = {"crf": "16", "threads": str(_ENCODER_THREADS)}
+        # x264's fastest routines give other bytes now and then, by what memory held before, and on other processors.
+        options = {"crf": "16", "threads": str(_ENCODER_THREADS), "x264-params": "cpu-independent=1"}
         _encode(path, container, "libx264", options, map(convert, frames), rate)
 
 
