@@ -154,7 +154,7 @@ def _write_mp4(path: Path, staging: Path, frames: Iterator[np.ndarray], rate: Fr
 
     with _output(path, staging, {"movflags": "+faststart"}) as container:
         container.metadata[_TAG] = text
-        # x264's fastest routines give other bytes now and then, by what memory held before, and on other processors.
+        # Without it equal frames gave other bytes now and then in a process that had used its memory; why is not known.
         options = {"crf": "16", "threads": str(_ENCODER_THREADS), "x264-params": "cpu-independent=1"}
         _encode(path, container, "libx264", options, map(convert, frames), rate)
 
