@@ -29,7 +29,7 @@ from peers.protocol import PRECISIONS, Setting
 from peers.worker import PeerProblem, Worker, convert, load
 
 from export.plan import available_memory
-from runtime.bench.apart import apart
+from runtime.apart import apart
 from runtime.bench.run import Machine, machine
 from runtime.bench.settings import BenchSettings
 from runtime.bench.timing import Times

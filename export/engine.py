@@ -8,10 +8,7 @@ ONNX model it was made from, or none where ONNX Runtime cannot run that.
 
 from __future__ import annotations
 
-import multiprocessing
 import time
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,13 +27,14 @@ from export.narrow import narrow
 from export.quantised_unet import quantise_unet
 from export.settings import EngineSettings
 from export.stream import write_streamed
+from runtime.apart import apart
 from runtime.backends.onnxruntime import OnnxRuntimeEngine, OnnxRuntimeLanguageModel
 from runtime.bundle import EngineEntry, Parity, describe_file
 from runtime.engines import EngineOptions
-from runtime.errors import EnvironmentProblem, VideoLavitError
 from runtime.files import writing
 from videolavit.checkpoints import Checkpoint, StoredWeights
 
+_MORE_MEMORY = "free some (`--plan` says how much is needed) and run the export again, it goes on where it stopped"
 _HALF = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 
 
@@ -133,32 +131,7 @@ def build_engine(checkpoint: Checkpoint, name: str, folder: Path, settings: Engi
 def build_apart(checkpoint: Checkpoint, name: str, folder: Path, settings: EngineSettings, compare: bool) -> Built:
     """`build_engine` in a process of its own. Raises what it raises, and EnvironmentProblem when the process dies."""
     checkpoint.release()
-    context = multiprocessing.get_context("spawn")
-    try:
-        with ProcessPoolExecutor(1, mp_context=context) as pool:
-            result = pool.submit(_build_or_error, checkpoint, name, folder, settings, compare).result()
-    except BrokenProcessPool as error:
-        raise EnvironmentProblem(
-            f"engine {name}: the process that built it was ended, most likely for want of memory; "
-            "free some (`--plan` says how much is needed) and run the export again, it goes on where it stopped"
-        ) from error
-    if isinstance(result, Built):
-        return result
-    kind, message, values = result
-    failure = kind.__new__(kind, message)
-    failure.args = (message,)
-    failure.__dict__.update(values)
-    raise failure
-
-
-def _build_or_error(
-    checkpoint: Checkpoint, name: str, folder: Path, settings: EngineSettings, compare: bool
-) -> Built | tuple[type[VideoLavitError], str, dict[str, object]]:
-    """An error as its parts: those with arguments of their own do not survive the way between processes."""
-    try:
-        return build_engine(checkpoint, name, folder, settings, compare)
-    except VideoLavitError as error:
-        return type(error), str(error), vars(error)
+    return apart(f"engine {name}", build_engine, checkpoint, name, folder, settings, compare, fix=_MORE_MEMORY)
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from runtime.apart import apart
 from runtime.bench import report
-from runtime.bench.apart import apart
 from runtime.bench.context import Bench
 from runtime.bench.language import decode
 from runtime.bench.networks import contenders
@@ -392,7 +392,7 @@ def test_a_process_of_its_own_gives_back_results_and_errors() -> None:
 def test_whoever_ends_a_benchmark_ends_its_process_and_leaves_nothing(tmp_path: Path) -> None:
     script = (
         "import signal, sys\n"
-        "from runtime.bench.apart import apart\n"
+        "from runtime.apart import apart\n"
         "from test_bench import _wait_in_a_folder\n"
         "signal.signal(signal.SIGTERM, signal.default_int_handler)\n"
         "if __name__ == '__main__': apart('wait', _wait_in_a_folder, sys.argv[1])\n"

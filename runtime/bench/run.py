@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
-from runtime.bench.apart import apart
+from runtime.apart import apart
 from runtime.bench.context import Bench
 from runtime.bench.peer import PeerSpec
 from runtime.bench.roofs import Roofs, higher, measure_roofs

@@ -93,7 +93,7 @@ class VideoDetokenizer(nn.Module):
         options, clean, motion = self.options, batch["latents"], batch["motion"]
         count = len(clean)
         draw: dict[str, Any] = {"generator": generator, "device": clean.device}
-        sigma = (torch.randn(count, **draw) * options.noise_deviation + options.noise_mean).exp()  # [B]
+        sigma = (spread_normal(count, generator, clean.device) * options.noise_deviation + options.noise_mean).exp()
         noisy, target = noised(clean, torch.randn(clean.shape, **draw), sigma)
         given = (torch.rand(count, 1, 1, 1, **draw) >= options.drop).to(clean.dtype)  # [B, 1, 1, 1]
         states = self.motion_encoder(resize_motion(motion, *self.motion_encoder.grid)) * given
@@ -255,6 +255,16 @@ class VideoDetokenizerStage(Stage):
     def _decode(self, latents: Tensor) -> Tensor:
         """latents [1, T, 4, h, w], scaled -> frames [T, 3, H, W]."""
         return reference.decode(self.vae, latents, self.context.checkpoint.config.defaults.decode_chunk)[0]
+
+
+def spread_normal(count: int, generator: torch.Generator, device: torch.device) -> Tensor:
+    """[count] normal numbers, one from each of `count` equal parts of the distribution, in random order.
+
+    Batches of few clips differ less in how noisy they are, and so does their loss.
+    """
+    places = torch.arange(count, device=device) + torch.rand(count, generator=generator, device=device)
+    normal = torch.special.ndtri((places / count).clamp(1e-6, 1 - 1e-6))
+    return normal[torch.randperm(count, generator=generator, device=device)]
 
 
 def noised(clean: Tensor, noise: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:

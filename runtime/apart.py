@@ -39,10 +39,11 @@ class _Crash:
     text: str
 
 
-def apart(what: str, function: Callable[..., T], *arguments: Any) -> T:
+def apart(what: str, function: Callable[..., T], *arguments: Any, fix: str = "free some, or leave this out") -> T:
     """`function(*arguments)`, both picklable, in a fresh process.
 
-    Raises the VideoLavitError that the function raises, and EnvironmentProblem naming `what` when the process dies.
+    Raises the VideoLavitError that the function raises, and, when the process dies, EnvironmentProblem that names
+    `what` and says `fix` about memory.
     """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
@@ -52,9 +53,7 @@ def apart(what: str, function: Callable[..., T], *arguments: Any) -> T:
     try:
         result = receiver.recv()
     except EOFError:
-        raise EnvironmentProblem(
-            f"{what}: its process was ended, most likely for want of memory; free some, or leave this out"
-        ) from None
+        raise EnvironmentProblem(f"{what}: its process was ended, most likely for want of memory; {fix}") from None
     finally:
         if sys.exc_info()[0] is not None:
             process.terminate()
