@@ -274,13 +274,14 @@ def test_conditions_are_those_of_the_sampler_and_go_together() -> None:
 
 
 def test_noise_and_its_weighting() -> None:
-    stage = detokenizer(noise_mean=0.3, noise_deviation=1.1, drop=0.0, moving_weight=4.0)
+    stage = detokenizer(noise_mean=0.3, noise_deviation=1.1, drop=0.0)
     stage.module.unet = recorder = Recorder()
     stage.module.motion_encoder = StubEncoder()
     batch = {
         "latents": torch.zeros(4000, 2, 4, 2, 2),
         "pictures": torch.zeros(4000, 4, 2, 2),
         "motion": torch.zeros(4000, 2, 2, 2, 2),
+        "weight": torch.ones(4000, 2, 2, 2),
         "time_ids": torch.zeros(4000, 3),
     }
     scalars = stage.module(batch, generator(), 0)
@@ -302,6 +303,23 @@ def test_where_something_has_moved() -> None:
     motion[0, 1, 1, 2, 2] = -0.2
     found = moved(motion)[0]
     assert found[0].sum() == 0 and found[1].sum() == 9 and torch.equal(found[1], found[2]) and found[2, 1:4, 1:4].all()
+
+
+def test_scattered_frames_keep_what_belongs_to_them() -> None:
+    batch = video_batch(16)
+    whole = detokenizer(tokenized_motion=0.0, moving_weight=3.0).prepare(batch, generator())
+    few = detokenizer(tokenized_motion=0.0, moving_weight=3.0, scattered=2).prepare(batch, generator())
+    pairs = set()
+    for clip in range(16):
+        frames = [
+            next(t for t in range(FRAMES) if torch.equal(latents, whole["latents"][clip, t]))
+            for latents in few["latents"][clip]
+        ]
+        assert frames == sorted(set(frames)) and len(frames) == 2
+        assert torch.equal(few["motion"][clip], whole["motion"][clip][:, frames])
+        assert torch.equal(few["weight"][clip], whole["weight"][clip, frames])
+        pairs.add(tuple(frames))
+    assert len(pairs) > 3
 
 
 def test_motion_from_tokens_is_what_generation_decodes() -> None:
@@ -347,6 +365,8 @@ def test_the_video_detokenizer_needs_what_it_builds_on() -> None:
     VideoDetokenizerStage(context("motion_tokenizer"), VideoDetokenizerOptions(tokenized_motion=0.0))
     with pytest.raises(UsageError, match="frames 25"):
         detokenizer(frames=25)
+    with pytest.raises(UsageError, match="scattered 9: they are drawn from 8 frames"):
+        detokenizer(frames=8, scattered=9)
     with pytest.raises(UsageError, match="videolavit tokenize"):
         detokenizer().dataset()
 

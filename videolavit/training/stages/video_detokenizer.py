@@ -56,6 +56,9 @@ class VideoDetokenizerOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_
         moving_weight: weight of latents near which something has moved since the key frame, against the others; 1:
             plain mean squared error.
         frames: first frames of each clip that are trained on; 0: all.
+        scattered: how many of those are drawn by lot and kept in their order, for every clip anew; 0: all. With a few
+            moments each, a step sees many more scenes: the network learns what is shown before how it moves, as an
+            image model would that is made a video model later.
         probes: held-out clips that `validate` samples.
         probe_steps: denoising steps of each.
         probe_guidance: of their last frame; the first frame's is 1.
@@ -69,6 +72,7 @@ class VideoDetokenizerOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_
     augmentation_deviation: NotNegative = 0.5
     moving_weight: Annotated[float, msgspec.Meta(ge=1.0)] = 1.0
     frames: CountOrNone = 0
+    scattered: CountOrNone = 0
     probes: CountOrNone = 4
     probe_steps: Annotated[int, msgspec.Meta(ge=2)] = 8
     probe_guidance: float = 1.0
@@ -87,8 +91,8 @@ class VideoDetokenizer(nn.Module):
         """Loss of what `VideoDetokenizerStage.prepare` gives.
 
         Args:
-            batch: latents [B, T, 4, h, w], scaled; pictures [B, 4, h, w], not scaled; motion [B, 2, T, h, w]; time_ids
-                [B, 3].
+            batch: latents [B, T, 4, h, w], scaled; pictures [B, 4, h, w], not scaled; motion [B, 2, T, h, w]; weight
+                [B, T, h, w]; time_ids [B, 3].
         """
         options, clean, motion = self.options, batch["latents"], batch["motion"]
         count = len(clean)
@@ -101,7 +105,7 @@ class VideoDetokenizer(nn.Module):
         vectors = motion.permute(0, 2, 1, 3, 4) * given[:, None]  # [B, T, 2, h, w]
         said = self.unet(torch.cat([noisy, pictures, vectors], dim=2), 0.25 * sigma.log(), states, batch["time_ids"])
         error = (said.float() - target).square().mean(2)  # [B, T, h, w]
-        weight = moved(motion) * (options.moving_weight - 1) + 1
+        weight = batch["weight"]
         return {"loss": (error * weight).sum() / weight.sum(), "error": error.mean().detach()}
 
 
@@ -135,6 +139,9 @@ class VideoDetokenizerStage(Stage):
         self.geometry = config.geometry
         if options.frames > self.geometry.frames:
             raise UsageError(f"options.frames {options.frames}: a clip has {self.geometry.frames} frames")
+        self.frames = options.frames or self.geometry.frames
+        if options.scattered > self.frames:
+            raise UsageError(f"options.scattered {options.scattered}: they are drawn from {self.frames} frames")
         untrained = [name for name in ("video_vae", "motion_tokenizer") if name in source.untrained]
         if options.tokenized_motion == 0 and "motion_tokenizer" in untrained:
             untrained.remove("motion_tokenizer")
@@ -175,11 +182,14 @@ class VideoDetokenizerStage(Stage):
             codes = batch["motion_ids"][spoken] - self.context.checkpoint.config.vocabulary.first_motion
             motion = motion.clone()
             motion[spoken] = self.tokenizer.reconstruct_from_codes(codes, *motion.shape[3:])
-        frames = options.frames or self.geometry.frames
+        weight = moved(motion) * (options.moving_weight - 1) + 1
+        chosen = self._chosen(count, generator, device)
+        rows = torch.arange(count, device=device)[:, None]
         return {
-            "latents": batch["latents"][:, :frames] * self.scaling,
+            "latents": batch["latents"][rows, chosen] * self.scaling,
             "pictures": reference.encode(self.vae, picture),
-            "motion": motion[:, :, :frames],
+            "motion": motion.transpose(1, 2)[rows, chosen].transpose(1, 2),
+            "weight": weight[rows, chosen],
             "time_ids": self._time_ids(strength.flatten()),
         }
 
@@ -227,6 +237,13 @@ class VideoDetokenizerStage(Stage):
         """Both networks."""
         module = self.module
         return {"motion_encoder": module.motion_encoder.state_dict(), "video_unet": module.unet.state_dict()}
+
+    def _chosen(self, count: int, generator: torch.Generator, device: torch.device) -> Tensor:
+        """[count, T] numbers of the frames that are trained on, in order."""
+        if not self.options.scattered:
+            return torch.arange(self.frames, device=device).expand(count, -1)
+        lots = torch.rand(count, self.frames, generator=generator, device=device)
+        return lots.topk(self.options.scattered).indices.sort(dim=1).values
 
     def _time_ids(self, strength: Tensor) -> Tensor:
         """[B, 3] frames per second, motion bucket, and the noise on the key frame, `strength` [B]."""
