@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from training_samples import GEOMETRY, contents, plan_of, write_media
 from runtime.errors import CheckpointError
 from runtime.images import resize_image, to_signed, tokenizer_pixels
 from runtime.motion.grid import model_motion
-from videolavit.checkpoints import Checkpoint, initialise, load
+from videolavit.checkpoints import Checkpoint, initialise, load, publish_components
 from videolavit.training.data.encoding import Item, keep_draw
 from videolavit.training.data.errors import DataError
 from videolavit.training.data.fields import FIELDS
@@ -184,6 +185,21 @@ def test_tokens_of_other_weights_are_noticed(everything: Path, checkpoint: Check
     with pytest.raises(CheckpointError, match="another motion_tokenizer"):
         dataset.require(other)
     TokenizedDataset(everything, ["keyframe"]).require(other)  # no weights made it
+
+
+def test_a_projection_that_instruct_trained_leaves_tokens_valid(
+    everything: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(tiny_checkpoint, folder)
+    state = dict(load(folder).component("visual_tokenizer").state_dict())
+    publish_components(folder, {"visual_tokenizer": state | {"vit_proj.bias": state["vit_proj.bias"] + 1}})
+    dataset = TokenizedDataset(everything, ["visual_ids"])
+    dataset.require(load(folder))
+    name, value = next((n, v) for n, v in state.items() if not n.startswith("vit_proj."))
+    publish_components(folder, {"visual_tokenizer": state | {name: value + 1}})
+    with pytest.raises(CheckpointError, match="another visual_tokenizer"):
+        dataset.require(load(folder))
 
 
 @pytest.mark.parametrize(

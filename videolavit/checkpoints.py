@@ -134,9 +134,9 @@ class Checkpoint:
         every = ((f"{c}/{name}", tensor) for c in self.components for name, tensor in self.weights.tensors(c))
         return _digest(every)
 
-    def component_digest(self, name: str) -> str:
-        """As `digest`, of the weights of component `name` alone."""
-        return _digest(self.weights.tensors(name))
+    def component_digest(self, name: str, without: tuple[str, ...] = ()) -> str:
+        """As `digest`, of the weights of component `name` alone, but for those whose names start with `without`."""
+        return _digest(item for item in self.weights.tensors(name) if not item[0].startswith(without))
 
     def save(self, folder: Path, *, force: bool = False, observer: Observer = ignore) -> None:
         """Write the checkpoint to `folder`; one tensor at a time is in memory, `observer` is told of each component.

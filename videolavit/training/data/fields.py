@@ -17,6 +17,7 @@ import numpy as np
 
 from runtime.errors import UsageError
 from runtime.geometry import VAE_FACTOR
+from videolavit.checkpoints import Checkpoint
 from videolavit.config import ModelConfig
 
 LATENT_CHANNELS = 4
@@ -111,6 +112,14 @@ def check_fields(names: Sequence[str]) -> tuple[str, ...]:
         shown = f"{unknown[0]!r} is no field" if unknown else "no field is named"
         raise UsageError(f"--fields: {shown}; choose from {', '.join(FIELDS)}")
     return tuple(name for name in FIELDS if name in names)
+
+
+_WITHOUT = {"visual_tokenizer": ("vit_proj.",)}  # `instruct` trains it, and no field comes through it
+
+
+def maker_digest(checkpoint: Checkpoint, component: str) -> str:
+    """Digest of those weights of `component` that fields are made with."""
+    return checkpoint.component_digest(component, _WITHOUT.get(component, ()))
 
 
 def components_of(names: Sequence[str]) -> tuple[str, ...]:

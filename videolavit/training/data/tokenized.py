@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 from runtime.errors import CheckpointError
 from videolavit.checkpoints import Checkpoint
 from videolavit.training.data.errors import DataError
-from videolavit.training.data.fields import FIELDS
+from videolavit.training.data.fields import FIELDS, maker_digest
 from videolavit.training.data.index import FieldInfo, check_content, check_sizes, read_index
 from videolavit.training.data.shards import Text
 
@@ -92,7 +92,7 @@ class TokenizedDataset(Dataset[dict[str, Any]]):
         made_by = self.index.recipe.components
         used = {name for field in self.fields for name in FIELDS[field].components}
         for name in components or sorted(used):
-            if made_by.get(name) != checkpoint.component_digest(name):
+            if made_by.get(name) != maker_digest(checkpoint, name):
                 raise CheckpointError(
                     f"{self.folder}: was made by another {name} than the checkpoint's; run `videolavit tokenize` "
                     "again with this checkpoint"

@@ -29,7 +29,7 @@ from videolavit.checkpoints import Checkpoint, load
 from videolavit.training.data.encoding import Encoder, Item
 from videolavit.training.data.errors import DataError
 from videolavit.training.data.examples import Source
-from videolavit.training.data.fields import FIELDS, Size, components_of, row_bytes
+from videolavit.training.data.fields import FIELDS, Size, components_of, maker_digest, row_bytes
 from videolavit.training.data.index import (
     FORMAT,
     INDEX,
@@ -232,7 +232,7 @@ class _Worker:
             count=self.count,
             fields=field_infos(plan.fields, config, self.size),
             model=config.name,
-            components={name: self.checkpoint.component_digest(name) for name in components_of(plan.fields)},
+            components={name: maker_digest(self.checkpoint, name) for name in components_of(plan.fields)},
             seed=plan.seed,
             size=self.size,
             frames=config.geometry.frames,
