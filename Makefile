@@ -31,7 +31,7 @@ lint: $(VENV)/.dev
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy
 
-# The shipped model, trained from nothing in build/shapes: about three hours of one core. Ended early, it goes on where
+# The shipped model, trained from nothing in build/shapes: about six hours of one core. Ended early, it goes on where
 # it stopped. Each stage needs what the ones before it made (docs/training.md).
 RECIPES := videolavit/training/recipes/shapes
 TRAIN = $(RUN)/videolavit train $(1) --config $(RECIPES)/$(1)$(2).toml --checkpoint build/shapes \
@@ -54,9 +54,17 @@ shapes-model: $(VENV)/.dev
 	$(call TOKENIZE,pairs) --count 800 --seed 2 --clips 2 --fields $(PICTURE_FIELDS),motion_ids
 	$(call TRAIN,language-model)
 	$(call TRAIN,instruct)
+	$(call TOKENIZE,clips-more) --count 12000 --seed 4 --fields $(PICTURE_FIELDS),motion_ids
+	$(call TOKENIZE,pictures-more) --count 6000 --seed 5 --fields $(PICTURE_FIELDS)
+	$(call TOKENIZE,pairs-more) --count 1200 --seed 6 --clips 2 --fields $(PICTURE_FIELDS),motion_ids
+	$(call TRAIN,instruct,-more)
+	$(call TRAIN,instruct,-third)
 	$(call TOKENIZE,videos) --count 1500 --seed 3 --fields latents,keyframe,motion_latent,motion_ids
 	$(call TRAIN,video-detokenizer,-short)
 	$(call TRAIN,video-detokenizer)
+	$(call TRAIN,video-detokenizer,-scattered)
+	$(call TRAIN,video-detokenizer,-scattered-more)
+	$(call TRAIN,video-detokenizer,-more)
 	rm -rf checkpoints/shapes && cp -r build/shapes checkpoints/shapes
 	$(MAKE) bundle quality
 

@@ -27,8 +27,13 @@ STAGES = {
     "keyframe-detokenizer-more": "psnr",
     "language-model": "loss",
     "instruct": "loss",
+    "instruct-more": "answers",
+    "instruct-third": "answers",
     "video-detokenizer-short": "psnr",
     "video-detokenizer": "psnr",
+    "video-detokenizer-scattered": "error",
+    "video-detokenizer-scattered-more": "error",
+    "video-detokenizer-more": "psnr",
 }
 POINTS = 12  # of a curve
 ROWS = 8  # of a table
