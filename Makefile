@@ -49,7 +49,6 @@ shapes-model: $(VENV)/.dev
 	$(call TRAIN,video-vae)
 	$(call TRAIN,keyframe-detokenizer)
 	$(call TRAIN,keyframe-detokenizer,-more)
-	$(call TRAIN,keyframe-detokenizer,-third)
 	$(call TOKENIZE,clips) --count 6000 --seed 0 --fields $(PICTURE_FIELDS),motion_ids
 	$(call TOKENIZE,pictures) --count 3000 --seed 1 --fields $(PICTURE_FIELDS)
 	$(call TOKENIZE,pairs) --count 800 --seed 2 --clips 2 --fields $(PICTURE_FIELDS),motion_ids
@@ -59,6 +58,8 @@ shapes-model: $(VENV)/.dev
 	$(call TOKENIZE,pictures-more) --count 6000 --seed 5 --fields $(PICTURE_FIELDS)
 	$(call TOKENIZE,pairs-more) --count 1200 --seed 6 --clips 2 --fields $(PICTURE_FIELDS),motion_ids
 	$(call TRAIN,instruct,-more)
+	$(call TRAIN,instruct,-binding)
+	$(call TRAIN,instruct,-last)
 	$(call TOKENIZE,videos) --count 1500 --seed 3 --fields latents,keyframe,motion_latent,motion_ids
 	$(call TRAIN,video-detokenizer,-short)
 	$(call TRAIN,video-detokenizer)

@@ -299,6 +299,15 @@ def test_a_few_steps_lower_the_loss(name: str, checkpoint: Checkpoint) -> None:
     assert np.mean(losses[-5:]) < 0.6 * np.mean(losses[:5])
 
 
+def test_topics_are_asked_about_as_often_as_they_weigh(checkpoint: Checkpoint) -> None:
+    trained = stage(InstructStage, InstructOptions(generation=0, topics={"direction": 4.0}), checkpoint)
+    answers = [trained.layout.answer_ids(word) for word in ("right", "left", "up", "down")]
+    rng = np.random.default_rng(0)
+    rows = [trained.row(ITEMS[index % 16], index, rng) for index in range(400)]
+    written = [[i for i, kind in zip(row.ids, row.kinds, strict=True) if kind == sequences.ANSWER] for row in rows]
+    assert np.mean([ids in answers for ids in written]) == pytest.approx(0.8, abs=0.06)
+
+
 def test_one_batch_of_answers_is_learnt_by_heart(checkpoint: Checkpoint) -> None:
     trained = stage(InstructStage, InstructOptions(generation=0), checkpoint)
     before = copy.deepcopy(trained.module.projector)

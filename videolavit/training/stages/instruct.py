@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any, ClassVar, cast
 
 import msgspec
@@ -18,7 +19,7 @@ import torch
 from accelerate.utils import send_to_device  # type: ignore[import-untyped]
 from torch import Tensor
 
-from videolavit.training.settings import NotNegative, Share
+from videolavit.training.settings import NotNegative, Positive, Share
 from videolavit.training.stages.language_model import LanguageModelOptions, LanguageModelStage, SequenceModel
 from videolavit.training.stages.sequences import Item, Row
 from videolavit.training.stages.starting import trainable
@@ -32,10 +33,14 @@ class InstructOptions(LanguageModelOptions, frozen=True, kw_only=True, forbid_un
     Attributes:
         generation: share of the rows that are generation rows.
         answers: what the mean loss of answers counts beside that of generation rows.
+        topics: how often a topic is asked about against the others that a picture or clip has questions of; 1 for those
+            that are not named. What is answered by half, as which of two shapes has which colour, may not be learned
+            at all before it is most of what is asked.
     """
 
     generation: Share = 0.3
     answers: NotNegative = 1.0
+    topics: Mapping[str, Positive] = msgspec.field(default_factory=dict)
 
 
 class InstructStage(LanguageModelStage):
@@ -63,7 +68,8 @@ class InstructStage(LanguageModelStage):
         topics = defaultdict(list)
         for question in item["questions"]:
             topics[question.topic].append(question)
-        asked = topics[list(topics)[int(rng.integers(len(topics)))]]
+        weights = np.array([self.options.topics.get(topic, 1.0) for topic in topics])
+        asked = topics[list(topics)[int(rng.choice(len(topics), p=weights / weights.sum()))]]
         question = asked[int(rng.integers(len(asked)))]
         return self.layout.conversation(item, question.question, question.answer, (self.context.seed, index))
 
