@@ -308,6 +308,21 @@ def test_topics_are_asked_about_as_often_as_they_weigh(checkpoint: Checkpoint) -
     assert np.mean([ids in answers for ids in written]) == pytest.approx(0.8, abs=0.06)
 
 
+def test_contrasts_are_answered_otherwise_elsewhere_in_the_same_scene(checkpoint: Checkpoint) -> None:
+    trained = stage(InstructStage, InstructOptions(generation=0, contrasts=1.0), checkpoint)
+    other = Question("what colour is the star?", "white", "colour")
+    pair = {**ITEMS[0], "questions": (*ITEMS[0]["questions"], other)}
+    rows = sequences.Rows([ITEMS[1], pair, ITEMS[2]], 0, 10, trained.row)
+    colours = [trained.layout.answer_ids(word) for word in ("red", "white")]
+    written = [
+        [i for i, kind in zip(row.ids, row.kinds, strict=True) if kind == sequences.ANSWER]
+        for row in (rows[index] for index in range(30))
+    ]
+    assert all(ids in colours for ids in written) and all(colour in written for colour in colours)
+    with pytest.raises(UsageError, match="set options.contrasts to 0"):
+        sequences.Rows([ITEMS[1]], 0, 10, trained.row)[0]
+
+
 def test_one_batch_of_answers_is_learnt_by_heart(checkpoint: Checkpoint) -> None:
     trained = stage(InstructStage, InstructOptions(generation=0), checkpoint)
     before = copy.deepcopy(trained.module.projector)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import msgspec
@@ -19,6 +19,7 @@ import torch
 from accelerate.utils import send_to_device  # type: ignore[import-untyped]
 from torch import Tensor
 
+from videolavit.training.data.examples import Question
 from videolavit.training.settings import NotNegative, Positive, Share
 from videolavit.training.stages.language_model import LanguageModelOptions, LanguageModelStage, SequenceModel
 from videolavit.training.stages.sequences import Item, Row
@@ -34,13 +35,15 @@ class InstructOptions(LanguageModelOptions, frozen=True, kw_only=True, forbid_un
         generation: share of the rows that are generation rows.
         answers: what the mean loss of answers counts beside that of generation rows.
         topics: how often a topic is asked about against the others that a picture or clip has questions of; 1 for those
-            that are not named. What is answered by half, as which of two shapes has which colour, may not be learned
-            at all before it is most of what is asked.
+            that are not named.
+        contrasts: share of the questions that have another answer when something else in the same picture or clip is
+            asked about. Which of two shapes has which colour may stay a guess until hardly anything else is asked.
     """
 
     generation: Share = 0.3
     answers: NotNegative = 1.0
     topics: Mapping[str, Positive] = msgspec.field(default_factory=dict)
+    contrasts: Share = 0.0
 
 
 class InstructStage(LanguageModelStage):
@@ -62,12 +65,17 @@ class InstructStage(LanguageModelStage):
             answers=self.options.answers,
         )
 
-    def row(self, item: Item, index: int, rng: np.random.Generator) -> Row:
-        if not item["questions"] or rng.random() < self.options.generation:
+    def row(self, item: Item, index: int, rng: np.random.Generator) -> Row | None:
+        questions: Sequence[Question] = item["questions"]
+        if not questions or rng.random() < self.options.generation:
             return super().row(item, index, rng)
-        topics = defaultdict(list)
-        for question in item["questions"]:
+        topics: dict[str, list[Question]] = defaultdict(list)
+        for question in questions:
             topics[question.topic].append(question)
+        if rng.random() < self.options.contrasts:
+            topics = {topic: asked for topic, asked in topics.items() if len({q.answer for q in asked}) > 1}
+            if not topics:
+                return None
         weights = np.array([self.options.topics.get(topic, 1.0) for topic in topics])
         asked = topics[list(topics)[int(rng.choice(len(topics), p=weights / weights.sum()))]]
         question = asked[int(rng.integers(len(asked)))]

@@ -170,7 +170,7 @@ class LanguageModelStage(Stage):
         items.require(self.context.checkpoint)
         return items
 
-    def row(self, item: Item, index: int, rng: np.random.Generator) -> Row:
+    def row(self, item: Item, index: int, rng: np.random.Generator) -> Row | None:
         """The row that draw `index` makes of `item`."""
         return self.layout.generation(item, self.options.mix, rng)
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from runtime.errors import UsageError
 from runtime.prompts import STOP, question_ids
 from runtime.tokenizers import TextTokenizer
 from runtime.vocabulary import EOS, UNK, Vocabulary
@@ -161,7 +162,7 @@ class Rows(Dataset[Row]):
     """Rows of tokenised items; every item comes `repeats` times in an epoch, each time with its own draws.
 
     Args:
-        make: (item, index, generator) -> row.
+        make: (item, index, generator) -> row, or None for an item that has none to give: then the next one is asked.
         more: other items and the share of the rows that they take the place of.
     """
 
@@ -170,7 +171,7 @@ class Rows(Dataset[Row]):
         items: Any,
         seed: int,
         repeats: int,
-        make: Callable[[Item, int, np.random.Generator], Row],
+        make: Callable[[Item, int, np.random.Generator], Row | None],
         more: Sequence[tuple[Any, float]] = (),
     ) -> None:
         self.items, self.seed, self.repeats, self.make, self.more = items, seed, repeats, make, tuple(more)
@@ -187,7 +188,11 @@ class Rows(Dataset[Row]):
             if 0 <= drawn < share:
                 items = others
             drawn -= share
-        return self.make(items[index % len(items)], index, rng)
+        for place in range(index, index + len(items)):
+            row = self.make(items[place % len(items)], index, rng)
+            if row is not None:
+                return row
+        raise UsageError("no item has a question with another answer elsewhere in it; set options.contrasts to 0")
 
 
 def collate(rows: Sequence[Row], groups: int) -> dict[str, Any]:
