@@ -319,7 +319,7 @@ def test_contrasts_are_answered_otherwise_elsewhere_in_the_same_scene(checkpoint
         for row in (rows[index] for index in range(30))
     ]
     assert all(ids in colours for ids in written) and all(colour in written for colour in colours)
-    with pytest.raises(UsageError, match="set options.contrasts to 0"):
+    with pytest.raises(UsageError, match=r"set options\.contrasts to 0"):
         sequences.Rows([ITEMS[1]], 0, 10, trained.row)[0]
 
 

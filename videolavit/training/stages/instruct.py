@@ -36,8 +36,8 @@ class InstructOptions(LanguageModelOptions, frozen=True, kw_only=True, forbid_un
         answers: what the mean loss of answers counts beside that of generation rows.
         topics: how often a topic is asked about against the others that a picture or clip has questions of; 1 for those
             that are not named.
-        contrasts: share of the questions that have another answer when something else in the same picture or clip is
-            asked about. Which of two shapes has which colour may stay a guess until hardly anything else is asked.
+        contrasts: share of the questions that are only asked if something else in the same picture or clip has another
+            answer. Which of two shapes has which colour may stay a guess until hardly anything else is asked.
     """
 
     generation: Share = 0.3
@@ -72,12 +72,10 @@ class InstructStage(LanguageModelStage):
         topics: dict[str, list[Question]] = defaultdict(list)
         for question in questions:
             topics[question.topic].append(question)
-        if rng.random() < self.options.contrasts:
-            topics = {topic: asked for topic, asked in topics.items() if len({q.answer for q in asked}) > 1}
-            if not topics:
-                return None
         weights = np.array([self.options.topics.get(topic, 1.0) for topic in topics])
         asked = topics[list(topics)[int(rng.choice(len(topics), p=weights / weights.sum()))]]
+        if rng.random() < self.options.contrasts and len({question.answer for question in asked}) == 1:
+            return None
         question = asked[int(rng.integers(len(asked)))]
         return self.layout.conversation(item, question.question, question.answer, (self.context.seed, index))
 

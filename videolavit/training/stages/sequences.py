@@ -32,6 +32,7 @@ from videolavit.training.settings import Share
 
 CONTEXT, GENERATED, ANSWER = 0, 1, 2  # kinds of positions: only the latter two are learnt
 NO_LABEL = -100
+TRIES = 1000  # items that may have no row to give, one after the other
 SLOT = UNK  # stands where a feature is put; never looked up
 
 Item = dict[str, Any]  # of `TokenizedDataset`
@@ -188,11 +189,14 @@ class Rows(Dataset[Row]):
             if 0 <= drawn < share:
                 items = others
             drawn -= share
-        for place in range(index, index + len(items)):
+        for place in range(index, index + TRIES):
             row = self.make(items[place % len(items)], index, rng)
             if row is not None:
                 return row
-        raise UsageError("no item has a question with another answer elsewhere in it; set options.contrasts to 0")
+        raise UsageError(
+            f"{TRIES} items without a question that something else in them would answer otherwise; "
+            "set options.contrasts to 0"
+        )
 
 
 def collate(rows: Sequence[Row], groups: int) -> dict[str, Any]:
