@@ -323,6 +323,18 @@ def test_contrasts_are_answered_otherwise_elsewhere_in_the_same_scene(checkpoint
         sequences.Rows([ITEMS[1]], 0, 10, trained.row)[0]
 
 
+def test_motion_before_a_question_may_be_learnt_too(checkpoint: Checkpoint) -> None:
+    rng = np.random.default_rng(0)
+    for share in (0.0, 1.0):
+        trained = stage(InstructStage, InstructOptions(generation=0, motion=share), checkpoint)
+        row = trained.row(ITEMS[0], 0, rng)
+        assert row is not None
+        learnt = [i for i, kind in zip(row.ids, row.kinds, strict=True) if kind == GENERATED]
+        span = [V.motion_start, *ITEMS[0]["motion_ids"][0].tolist(), V.motion_end]
+        assert learnt == (span if share else [])
+        assert ANSWER in row.kinds
+
+
 def test_one_batch_of_answers_is_learnt_by_heart(checkpoint: Checkpoint) -> None:
     trained = stage(InstructStage, InstructOptions(generation=0), checkpoint)
     before = copy.deepcopy(trained.module.projector)

@@ -29,7 +29,7 @@ CHUNK = 64  # rows of a validation batch
 
 
 class InstructOptions(LanguageModelOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Options of the stage `instruct`: those of `language-model`, and two more.
+    """Options of the stage `instruct`: those of `language-model`, and these.
 
     Attributes:
         generation: share of the rows that are generation rows.
@@ -38,12 +38,16 @@ class InstructOptions(LanguageModelOptions, frozen=True, kw_only=True, forbid_un
             that are not named.
         contrasts: share of the questions that are only asked if something else in the same picture or clip has another
             answer. Which of two shapes has which colour may stay a guess until hardly anything else is asked.
+        motion: share of the conversations about clips in which the motion's ids are learnt too, like those of
+            generation rows. Which of two shapes moves which way is told by where the motion is, and to foresee it the
+            model has to look at what stands there.
     """
 
     generation: Share = 0.3
     answers: NotNegative = 1.0
     topics: Mapping[str, Positive] = msgspec.field(default_factory=dict)
     contrasts: Share = 0.0
+    motion: Share = 0.0
 
 
 class InstructStage(LanguageModelStage):
@@ -77,7 +81,9 @@ class InstructStage(LanguageModelStage):
         if rng.random() < self.options.contrasts and len({question.answer for question in asked}) == 1:
             return None
         question = asked[int(rng.integers(len(asked)))]
-        return self.layout.conversation(item, question.question, question.answer, (self.context.seed, index))
+        learn_motion = rng.random() < self.options.motion
+        key = (self.context.seed, index)
+        return self.layout.conversation(item, question.question, question.answer, key, learn_motion=learn_motion)
 
     @torch.no_grad()
     def prepare(self, batch: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:

@@ -117,8 +117,13 @@ class Layout:
             row.add(spans, GENERATED)
         return self._cut(row)
 
-    def conversation(self, item: Item, question: str, answer: str, key: tuple[int, int]) -> Row:
-        """A row in which the answer is learnt; `key` = (seed, index) decides which patches are kept."""
+    def conversation(
+        self, item: Item, question: str, answer: str, key: tuple[int, int], *, learn_motion: bool = False
+    ) -> Row:
+        """A row in which the answer is learnt, and the motion ids with it if `learn_motion`.
+
+        `key` = (seed, index) decides which patches are kept.
+        """
         row, vocabulary = Row(), self.vocabulary
         motions = item.get("motion_ids", ())
         before, after = question_ids(self.text, question, "video" if len(motions) else "image")
@@ -132,7 +137,7 @@ class Layout:
             row.add_slots(int(keep.sum()))
             row.add([vocabulary.image_end], CONTEXT)
             if len(motions):
-                row.add(self._motion_span(motions[index]), CONTEXT)
+                row.add(self._motion_span(motions[index]), GENERATED if learn_motion else CONTEXT)
         row.add(after, CONTEXT)
         row.add(self.answer_ids(answer), ANSWER)
         return row
