@@ -19,6 +19,8 @@ from onnx import TensorProto
 from export import onnx as files
 from export import parity
 from export.calibration import calibrate
+from export.fused_attention import fuse_attention
+from export.gates import split_gates
 from export.graphs.registry import GRAPHS, LANGUAGE_MODEL
 from export.hollow import trace_hollow
 from export.language_model.source import arrays
@@ -69,19 +71,18 @@ def write_engine(checkpoint: Checkpoint, name: str, path: Path, settings: Engine
         stored = weights.stored(name) if isinstance(weights, StoredWeights) else weights.tensors(name)
         with writing(path):
             return write_language_model(config.language_model, config.vocabulary.size, arrays(stored), path, settings)
-    traced = trace_hollow(config, GRAPHS[name])
+    traced = split_gates(trace_hollow(config, GRAPHS[name]))
+    onnx_runtime = settings.backend == "onnx"
     if settings.precision == "int8":
-        onnx_runtime = settings.backend == "onnx"
         rest = traced if onnx_runtime else narrow(traced, TensorProto.FLOAT16)
         quantised = quantise_unet(rest, calibrate(checkpoint, name, settings), onnx_runtime=onnx_runtime)
-        return write_streamed(quantised, checkpoint.weights, path)
+        return write_streamed(fuse_attention(quantised) if onnx_runtime else quantised, checkpoint.weights, path)
     half = _HALF.get(settings.precision)
-    if half is None:
-        return write_streamed(traced, checkpoint.weights, path)
-    if half == TensorProto.BFLOAT16 and settings.backend == "onnx":
-        # ONNX Runtime has hardly an operator in bfloat16 on the CPU: it stores the weights and computes in float32.
-        return write_streamed(traced, checkpoint.weights, path, half)
-    return write_streamed(narrow(traced, half), checkpoint.weights, path)
+    # ONNX Runtime has hardly an operator in bfloat16 on the CPU: it stores the weights and computes in float32.
+    storage = half if half == TensorProto.BFLOAT16 and onnx_runtime else None
+    if half is not None and storage is None:
+        traced = narrow(traced, half)
+    return write_streamed(fuse_attention(traced) if onnx_runtime else traced, checkpoint.weights, path, storage)
 
 
 def build_engine(checkpoint: Checkpoint, name: str, folder: Path, settings: EngineSettings, compare: bool) -> Built:

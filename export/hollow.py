@@ -26,6 +26,7 @@ _TURNS: dict[str, Callable[[np.ndarray, tuple[int, ...]], np.ndarray]] = {
     "transpose": np.transpose,
     "squeeze": np.squeeze,
     "unsqueeze": np.expand_dims,
+    "part": lambda array, part: np.split(array, part[1], part[0])[part[2]],
 }
 
 
@@ -36,7 +37,8 @@ class Weight:
     Attributes:
         component, tensor: name in the checkpoint.
         shape: in the checkpoint.
-        turns: ("transpose", permutation), ("squeeze", axes) or ("unsqueeze", axes), in the order of application.
+        turns: ("transpose", permutation), ("squeeze", axes), ("unsqueeze", axes) or ("part", (axis, number of parts,
+            which of them)), in the order of application.
     """
 
     component: str
@@ -101,7 +103,7 @@ def fold_turns(traced: Traced) -> Traced:
     weights = {name: weight for name, weight in weights.items() if name in used}
     kept = [value for value in graph.input if value.name in weights or value.name in traced.signature.inputs]
     known = {value.name for value in kept}
-    kept += [_declaration(name, weight) for name, weight in weights.items() if name not in known]
+    kept += [declaration(name, weight) for name, weight in weights.items() if name not in known]
     del graph.node[:], graph.input[:]
     graph.node.extend(node for node in nodes if node.op_type != "Constant" or node.output[0] in used)
     graph.input.extend(kept)
@@ -118,9 +120,10 @@ def _turn(node: onnx.NodeProto, constants: Mapping[str, onnx.NodeProto]) -> tupl
     return None
 
 
-def _declaration(name: str, weight: Weight) -> onnx.ValueInfoProto:
+def declaration(name: str, weight: Weight, kind: int = onnx.TensorProto.FLOAT) -> onnx.ValueInfoProto:
+    """The graph input `name` for `weight`."""
     shape = weight.turned(np.broadcast_to(np.float32(0), weight.shape)).shape
-    return onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
+    return onnx.helper.make_tensor_value_info(name, kind, shape)
 
 
 def _hollow_components(config: ModelConfig, names: tuple[str, ...]) -> dict[str, nn.Module]:

@@ -118,20 +118,22 @@ def quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def exporter_fixes() -> Iterator[None]:
-    """Our translation of `unflatten`, in place while exporting.
+    """Our translations of operators, in place while exporting."""
+    for name, translation in _TRANSLATIONS.items():
+        torch.onnx.register_custom_op_symbolic(name, translation, OPSET)
+    try:
+        yield
+    finally:
+        for name in _TRANSLATIONS:
+            torch.onnx.unregister_custom_op_symbolic(name, OPSET)
+
+
+def _unflatten(g: Any, x: Any, dim: Any, sizes: Any) -> Any:
+    """Reshape to (axes before: copied, `sizes`, axes behind: read from the input).
 
     The library's own hides the result's shape from shape inference, which then falls back to the traced sizes: later
     reshapes are baked at the example's batch. It is also ten nodes where one does.
     """
-    torch.onnx.register_custom_op_symbolic("aten::unflatten", _unflatten, OPSET)
-    try:
-        yield
-    finally:
-        torch.onnx.unregister_custom_op_symbolic("aten::unflatten", OPSET)
-
-
-def _unflatten(g: Any, x: Any, dim: Any, sizes: Any) -> Any:
-    """Reshape to (axes before: copied, `sizes`, axes behind: read from the input)."""
     rank = symbolic_helper._get_tensor_rank(x)
     axis = symbolic_helper._get_const(dim, "i", "dim") % rank
     parts = [g.op("Constant", value_t=torch.zeros(axis, dtype=torch.int64))] if axis else []  # 0 copies a dimension
@@ -142,3 +144,11 @@ def _unflatten(g: Any, x: Any, dim: Any, sizes: Any) -> Any:
     if axis + 1 < rank:
         parts.append(g.op("Shape", x, start_i=axis + 1))
     return g.op("Reshape", x, g.op("Concat", *parts, axis_i=0))
+
+
+def _chunk(g: Any, x: Any, chunks: int, dim: int) -> Any:
+    """One Split, where the library's own has a Slice for each part and ten nodes for their bounds."""
+    return g.op("Split", x, axis_i=dim, num_outputs_i=chunks, outputs=chunks)
+
+
+_TRANSLATIONS: dict[str, Any] = {"aten::unflatten": _unflatten, "prim::ConstantChunk": _chunk}
