@@ -319,8 +319,18 @@ def test_contrasts_are_answered_otherwise_elsewhere_in_the_same_scene(checkpoint
         for row in (rows[index] for index in range(30))
     ]
     assert all(ids in colours for ids in written) and all(colour in written for colour in colours)
-    with pytest.raises(UsageError, match=r"set options\.contrasts to 0"):
+    with pytest.raises(UsageError, match="no row of the kind that is asked for, from item 0 on; ask for less"):
         sequences.Rows([ITEMS[1]], 0, 10, trained.row)[0]
+
+
+def test_pairs_are_what_generation_rows_show(checkpoint: Checkpoint) -> None:
+    options = InstructOptions(generation=1, pairs=1.0, topics={"colour": 1.0})
+    trained = stage(InstructStage, options, checkpoint)
+    other = Question("what colour is the star?", "white", "colour")
+    pair = {**ITEMS[0], "questions": (*ITEMS[0]["questions"], other)}
+    rng = np.random.default_rng(0)
+    assert all(trained.row(ITEMS[0], index, rng) is None for index in range(20))
+    assert all(trained.row(pair, index, rng) is not None for index in range(20))
 
 
 def test_motion_before_a_question_may_be_learnt_too(checkpoint: Checkpoint) -> None:

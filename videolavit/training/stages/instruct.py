@@ -38,6 +38,8 @@ class InstructOptions(LanguageModelOptions, frozen=True, kw_only=True, forbid_un
             that are not named.
         contrasts: share of the questions that are only asked if something else in the same picture or clip has another
             answer. Which of two shapes has which colour may stay a guess until hardly anything else is asked.
+        pairs: share of the generation rows that are only made of pictures and clips in which one of the named `topics`
+            has two answers. What is said of one of two shapes may otherwise be drawn as the other.
         motion: share of the conversations about clips in which the motion's ids are learnt too, like those of
             generation rows. Which of two shapes moves which way is told by where the motion is, and to foresee it the
             model has to look at what stands there.
@@ -47,6 +49,7 @@ class InstructOptions(LanguageModelOptions, frozen=True, kw_only=True, forbid_un
     answers: NotNegative = 1.0
     topics: Mapping[str, Positive] = msgspec.field(default_factory=dict)
     contrasts: Share = 0.0
+    pairs: Share = 0.0
     motion: Share = 0.0
 
 
@@ -71,14 +74,17 @@ class InstructStage(LanguageModelStage):
 
     def row(self, item: Item, index: int, rng: np.random.Generator) -> Row | None:
         questions: Sequence[Question] = item["questions"]
-        if not questions or rng.random() < self.options.generation:
-            return super().row(item, index, rng)
         topics: dict[str, list[Question]] = defaultdict(list)
         for question in questions:
             topics[question.topic].append(question)
+        if not questions or rng.random() < self.options.generation:
+            contrast = any(_contrast(topics.get(name, ())) for name in self.options.topics)
+            if self.options.pairs and rng.random() < self.options.pairs and not contrast:
+                return None
+            return super().row(item, index, rng)
         weights = np.array([self.options.topics.get(topic, 1.0) for topic in topics])
         asked = topics[list(topics)[int(rng.choice(len(topics), p=weights / weights.sum()))]]
-        if rng.random() < self.options.contrasts and len({question.answer for question in asked}) == 1:
+        if rng.random() < self.options.contrasts and not _contrast(asked):
             return None
         question = asked[int(rng.integers(len(asked)))]
         learn_motion = rng.random() < self.options.motion
@@ -126,3 +132,8 @@ class InstructStage(LanguageModelStage):
         projector = cast(Any, self.module.projector)
         projected = {f"vit_proj.{name}": value for name, value in projector.state_dict().items()}
         return {**super().components(), "visual_tokenizer": state | projected}
+
+
+def _contrast(asked: Sequence[Question]) -> bool:
+    """Whether questions of one topic have different answers."""
+    return len({question.answer for question in asked}) > 1

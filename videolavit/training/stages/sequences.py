@@ -199,8 +199,8 @@ class Rows(Dataset[Row]):
             if row is not None:
                 return row
         raise UsageError(
-            f"{TRIES} items without a question that something else in them would answer otherwise; "
-            "set options.contrasts to 0"
+            f"{TRIES} items have no row of the kind that is asked for, from item {index % len(items)} on; ask for less "
+            "(options of the stage that choose items, like contrasts), or tokenise other data"
         )
 
 
