@@ -30,6 +30,7 @@ from videolavit.training.data.tokenizing import Plan, tokenize
 from videolavit.training.loop import _Trainer, train
 from videolavit.training.settings import DataSettings, TrainSettings
 from videolavit.training.stage import Stage, StageContext
+from videolavit.training.stages.clips import Mixed, More, check_shares
 from videolavit.training.stages.motion_tokenizer import (
     MotionTokenizerOptions,
     MotionTokenizerStage,
@@ -303,6 +304,17 @@ def test_where_something_has_moved() -> None:
     motion[0, 1, 1, 2, 2] = -0.2
     found = moved(motion)[0]
     assert found[0].sum() == 0 and found[1].sum() == 9 and torch.equal(found[1], found[2]) and found[2, 1:4, 1:4].all()
+
+
+def test_other_folders_take_their_share_of_clips() -> None:
+    first, other = ([{"clip": torch.tensor(sign * n)} for n in range(1, 401)] for sign in (1, -1))
+    mixed = Mixed(first, [(other[:7], 0.25)], seed=0)  # type: ignore[arg-type,list-item]
+    drawn = [int(mixed[index]["clip"]) for index in range(400)]
+    assert drawn == [int(mixed[index]["clip"]) for index in range(400)]
+    assert all(value == index + 1 or -8 < value < 0 for index, value in enumerate(drawn))
+    assert np.mean(np.array(drawn) < 0) == pytest.approx(0.25, abs=0.06) and len({v for v in drawn if v < 0}) == 7
+    with pytest.raises(UsageError, match="more than 1 in all"):
+        check_shares([More(path="a", share=0.6), More(path="b", share=0.6)])
 
 
 def test_scattered_frames_keep_what_belongs_to_them() -> None:

@@ -170,6 +170,25 @@ def test_text_labels_never_fail_otherwise(content: bytes) -> None:
         assert all(caption.strip() == caption != "" for caption in labels.captions)
 
 
+def test_scenery_moves_as_its_vectors_say() -> None:
+    source = open_source(DataSettings(source="scenery", size=24), GEOMETRY, seed=4)
+    moved: list[float] = []
+    still: list[float] = []
+    for index in range(24):
+        clip, again = source.clip(index), source.clip(index)
+        assert clip.frames.shape == (24, 128, 128, 3) and clip.frames.dtype == np.uint8 and not clip.grid[0].any()
+        assert (clip.frames == again.frames).all() and (clip.grid == again.grid).all()
+        assert (source.picture(index).image == clip.frames[0]).all()
+        found = float(np.linalg.norm(clip.grid, axis=1).mean())
+        (moved if (clip.frames[0] != clip.frames[-1]).any() else still).append(found)
+    # The encoder finds a little motion in noise too.
+    assert still and max(still) < 0.05 < 0.1 < np.quantile(moved, 0.2)
+    with pytest.raises(UsageError, match="one clip an item"):
+        open_source(DataSettings(source="scenery"), GEOMETRY, clips=2)
+    with pytest.raises(IndexError):
+        source.picture(24)
+
+
 def test_memory_files_are_readable_and_go_away(tmp_path: Path) -> None:
     with in_memory(b"content", "name", ".mp4") as path:
         assert path.read_bytes() == b"content"
@@ -185,7 +204,9 @@ def test_open_source_dispatches_and_explains(media: Path, shards: Path) -> None:
         (DataSettings(source="tokenized", path="x"), "no raw pictures"),
         (DataSettings(source="shapes", path="x"), "it has no path"),
         (DataSettings(source="shapes", split="test"), "split 'test'"),
-        (DataSettings(source="folder", path=str(media), split="test"), "has no parts"),
+        (DataSettings(source="scenery", path="x"), "it has no path"),
+        (DataSettings(source="scenery", split="held-out"), "only the world of shapes has parts"),
+        (DataSettings(source="folder", path=str(media), split="test"), "only the world of shapes has parts"),
         (DataSettings(source="folder", path=str(media / "none")), "is not a folder"),
     ):
         with pytest.raises(UsageError, match=what):

@@ -28,14 +28,14 @@ class DataSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """What to train on; the table `[data]`.
 
     Attributes:
-        source: "shapes" (drawn on the fly), "folder" or "webdataset" (videos and pictures with captions), or
-            "tokenized" (what `videolavit tokenize` has written).
-        path: folder of the source; not for "shapes".
+        source: "shapes" or "scenery" (drawn on the fly), "folder" or "webdataset" (videos and pictures with captions),
+            or "tokenized" (what `videolavit tokenize` has written).
+        path: folder of the source; not for what is drawn.
         split: part of the source.
         size: number of items of a source without an end.
     """
 
-    source: Literal["shapes", "folder", "webdataset", "tokenized"] = "shapes"
+    source: Literal["shapes", "scenery", "folder", "webdataset", "tokenized"] = "shapes"
     path: str | None = None
     split: str = "train"
     size: Count = 1_000_000

@@ -23,7 +23,9 @@ _FIELDS_HELP = "Comma-separated: " + ", ".join(FIELDS) + f". [default: {','.join
     "--checkpoint", type=click.Path(path_type=Path), required=True, help="Checkpoint whose tokenizers are used."
 )
 @click.option("--fields", help=_FIELDS_HELP)
-@click.option("--count", type=click.IntRange(min=1), help="Items to take. [default: all; needed for shapes]")
+@click.option(
+    "--count", type=click.IntRange(min=1), help="Items to take. [default: all; needed for shapes and scenery]"
+)
 @click.option("--split", default="train", show_default=True, help="Part of the world of shapes: train or held-out.")
 @click.option(
     "--clips", type=click.IntRange(1, 100), default=1, show_default=True, help="Most clips to take of a video."
@@ -56,7 +58,8 @@ def tokenize(
 ) -> None:
     """Run the tokenizers once over SOURCE and keep what they say, to train on.
 
-    SOURCE is `shapes`, a folder with videos and pictures, or WebDataset .tar shards (one, or a folder of them).
+    SOURCE is `shapes`, `scenery` (a camera moves over patches), a folder with videos and pictures, or WebDataset .tar
+    shards (one, or a folder of them).
     """
     names = check_fields([name.strip() for name in fields.split(",")] if fields else DEFAULT_FIELDS)
     from videolavit.training.data.tokenizing import Plan, tokenize
@@ -96,10 +99,10 @@ def tokenize(
 
 def data_settings(source: str, split: str) -> DataSettings:
     """The source that a user names. Raises UsageError when there is nothing of that name."""
-    if source == "shapes":
-        return DataSettings(source="shapes", split=split)
+    if source in ("shapes", "scenery"):
+        return DataSettings(source=source, split=split)  # type: ignore[arg-type]
     path = Path(source)
     if not path.exists():
-        raise UsageError(f"SOURCE {source}: no such file or folder; name one, or shapes")
+        raise UsageError(f"SOURCE {source}: no such file or folder; name one, or shapes or scenery")
     tar = path.suffix.lower() == ".tar" if path.is_file() else any(path.glob("*.tar"))
     return DataSettings(source="webdataset" if tar else "folder", path=source, split=split)

@@ -208,7 +208,7 @@ class _Worker:
         keep_freed_memory()
         checkpoint = load(plan.checkpoint)
         geometry = checkpoint.config.geometry
-        if plan.count is None and plan.data.source == "shapes":
+        if plan.count is None and plan.data.source in ("shapes", "scenery"):
             raise UsageError("--count is missing; the world of shapes has no end, say how many items to make")
         source = open_source(plan.data, geometry, seed=plan.seed, clips=plan.clips)
         count = len(source) if plan.count is None else plan.count

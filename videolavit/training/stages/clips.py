@@ -5,9 +5,11 @@ Contract: item i is a pure function of (folder, seed, i). Of an item with severa
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 from torch import Tensor
@@ -17,7 +19,20 @@ from runtime.errors import UsageError
 from runtime.motion.grid import model_motion
 from videolavit.training.data import Source
 from videolavit.training.data.tokenized import TokenizedDataset
-from videolavit.training.settings import DataSettings
+from videolavit.training.settings import DataSettings, Share
+
+
+class More(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A second tokenised folder, for example of pictures or of long videos, and its share of the items or rows."""
+
+    path: str
+    share: Share
+
+
+def check_shares(more: Sequence[More]) -> None:
+    """Raises UsageError when the shares of `options.more` leave less than nothing to the first folder."""
+    if sum(other.share for other in more) > 1:
+        raise UsageError("options.more: the shares are more than 1 in all")
 
 
 class TokenizedClips(Dataset[dict[str, Tensor]]):
@@ -36,6 +51,24 @@ class TokenizedClips(Dataset[dict[str, Tensor]]):
             raise UsageError(f"{self.items.folder}: item {index} is a picture; this stage takes folders of videos only")
         chosen = int(np.random.default_rng([self.seed, index]).integers(clips))
         return {name: item[name][chosen] for name in self.fields}
+
+
+class Mixed(Dataset[dict[str, Tensor]]):
+    """The items of `first`, a share of which give way to items of others, by lot but always the same."""
+
+    def __init__(self, first: Dataset[Any], more: Sequence[tuple[Dataset[Any], float]], seed: int) -> None:
+        self.first, self.more, self.seed = first, tuple(more), seed
+
+    def __len__(self) -> int:
+        return len(self.first)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        drawn, other = np.random.default_rng([self.seed, index]).random(2)
+        for items, share in self.more:
+            if 0 <= drawn < share:
+                return items[int(other * len(items))]  # type: ignore[arg-type]
+            drawn -= share
+        return self.first[index]
 
 
 class MotionFields(Dataset[dict[str, Tensor]]):

@@ -18,14 +18,13 @@ import torch.nn.functional as F
 from accelerate.utils import send_to_device  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
-from runtime.errors import UsageError
 from runtime.vocabulary import Vocabulary
 from videolavit.training.data.tokenized import TokenizedDataset
 from videolavit.training.settings import Count, CountOrNone, NotNegative
 from videolavit.training.stage import Stage, StageContext
 from videolavit.training.stages import sequences
-from videolavit.training.stages.clips import tokenized_folder
-from videolavit.training.stages.sequences import ANSWER, CONTEXT, GENERATED, Item, Layout, Mix, More, Row
+from videolavit.training.stages.clips import More, check_shares, tokenized_folder
+from videolavit.training.stages.sequences import ANSWER, CONTEXT, GENERATED, Item, Layout, Mix, Row
 from videolavit.training.stages.starting import trainable
 from videolavit.training.stages.writing import HeldOut
 
@@ -158,9 +157,8 @@ class LanguageModelStage(Stage):
 
     def dataset(self) -> sequences.Rows:  # type: ignore[override]
         folder = tokenized_folder(self.context.data, self.fields, self.name)
+        check_shares(self.options.more)
         more = [(self._items(other.path), other.share) for other in self.options.more]
-        if sum(share for _, share in more) > 1:
-            raise UsageError("options.more: the shares are more than 1 in all")
         return sequences.Rows(self._items(folder), self.context.seed, self.options.repeats, self.row, more)
 
     def _items(self, folder: Path | str) -> TokenizedDataset:

@@ -54,13 +54,6 @@ class Mix(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     learn_prompts: bool = True
 
 
-class More(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A second tokenised folder, for example of pictures or of long videos, and its share of the rows."""
-
-    path: str
-    share: Share
-
-
 @dataclass
 class Row:
     """Ids, the kind of each, the positions of feature slots, and the features [n, N, W] and keep draws [n, N]."""

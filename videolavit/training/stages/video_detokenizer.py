@@ -17,6 +17,7 @@ Contract: data is a tokenised folder with the fields of `FIELDS`. The VAE's enco
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import msgspec
@@ -33,9 +34,10 @@ from videolavit.models.motion_tokenizer import MOTION_SCALE
 from videolavit.reference import clips as reference
 from videolavit.training.data.encoding import Encoder
 from videolavit.training.data.encoding import Item as Example
+from videolavit.training.data.tokenized import TokenizedDataset
 from videolavit.training.settings import CountOrNone, NotNegative, Positive, Share
 from videolavit.training.stage import Stage, StageContext
-from videolavit.training.stages.clips import TokenizedClips, open_tokenized
+from videolavit.training.stages.clips import Mixed, More, TokenizedClips, check_shares, tokenized_folder
 from videolavit.training.stages.held_out import held_out_scenes
 from videolavit.training.stages.pictures import psnr, signed
 from videolavit.training.stages.starting import OUTER_ENDS, silence_branches, trainable
@@ -59,6 +61,7 @@ class VideoDetokenizerOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_
         scattered: how many of those are drawn by lot and kept in their order, for every clip anew; 0: all. With a few
             moments each, a step sees many more scenes: the network learns what is shown before how it moves, as an
             image model would that is made a video model later.
+        more: other tokenised folders and their shares of the clips; the rest are of `data.path`.
         probes: held-out clips that `validate` samples.
         probe_steps: denoising steps of each.
         probe_guidance: of their last frame; the first frame's is 1.
@@ -73,6 +76,7 @@ class VideoDetokenizerOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_
     moving_weight: Annotated[float, msgspec.Meta(ge=1.0)] = 1.0
     frames: CountOrNone = 0
     scattered: CountOrNone = 0
+    more: list[More] = msgspec.field(default_factory=list)
     probes: CountOrNone = 4
     probe_steps: Annotated[int, msgspec.Meta(ge=2)] = 8
     probe_guidance: float = 1.0
@@ -160,11 +164,13 @@ class VideoDetokenizerStage(Stage):
             motion_encoder.in_proj.weight.data *= MOTION_SCALE
         self.module = VideoDetokenizer(motion_encoder, unet, options)
 
-    def dataset(self) -> TokenizedClips:
-        """One clip per item of a tokenised folder."""
-        items = open_tokenized(self.context.data, FIELDS, self.name)
-        items.require(self.context.checkpoint)
-        return TokenizedClips(items, FIELDS, self.context.seed)
+    def dataset(self) -> Mixed:
+        """One clip per item of tokenised folders."""
+        options, folder = self.options, tokenized_folder(self.context.data, FIELDS, self.name)
+        check_shares(options.more)
+        first, *others = (self._clips(path) for path in (folder, *(other.path for other in options.more)))
+        shares = [other.share for other in options.more]
+        return Mixed(first, list(zip(others, shares, strict=True)), self.context.seed)
 
     def prepare(self, batch: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:
         """The module's input: see `VideoDetokenizer.forward`."""
@@ -237,6 +243,11 @@ class VideoDetokenizerStage(Stage):
         """Both networks."""
         module = self.module
         return {"motion_encoder": module.motion_encoder.state_dict(), "video_unet": module.unet.state_dict()}
+
+    def _clips(self, folder: Path | str) -> TokenizedClips:
+        items = TokenizedDataset(folder, FIELDS)
+        items.require(self.context.checkpoint)
+        return TokenizedClips(items, FIELDS, self.context.seed)
 
     def _chosen(self, count: int, generator: torch.Generator, device: torch.device) -> Tensor:
         """[count, T] numbers of the frames that are trained on, in order."""
