@@ -30,17 +30,11 @@ STAGES = {
     "instruct-more": "answers",
     "instruct-binding": "answers colour",
     "instruct-last": "answers",
-    "instruct-binding-directions": "answers direction",
-    "instruct-binding-both": "answers direction",
-    "instruct-binding-written": "image",
-    "instruct-final": "answers",
     "video-detokenizer-short": "psnr",
     "video-detokenizer": "psnr",
     "video-detokenizer-scattered": "error",
     "video-detokenizer-scattered-more": "error",
     "video-detokenizer-more": "psnr",
-    "video-detokenizer-scattered-third": "error",
-    "video-detokenizer-last": "psnr",
 }
 POINTS = 12  # of a curve
 ROWS = 8  # of a table
