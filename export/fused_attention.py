@@ -4,19 +4,18 @@ Contract: `fuse_attention` replaces the products and the softmax of attention wi
 com.microsoft.MultiHeadAttention, which goes over the keys in blocks and never holds all scores: of a picture they are
 the largest tensor there is, and grow with the fourth power of its side. The operator takes and gives [N, L, heads * d],
 as projections do, so heads are neither cut out nor joined again. Attention in any other form stays as it is. TensorRT
-does not know the operator and finds the pattern itself.
+does not know the operator.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from export.hollow import Traced
+from export.hollow import Traced, rewired
 
 DOMAIN = "com.microsoft"
 _CUT, _CUT_TURNED = (0, 2, 1, 3), (0, 2, 3, 1)  # [N, L, heads, d] -> [N, heads, L, d], and keys -> [N, heads, d, S]
@@ -24,27 +23,21 @@ _CUT, _CUT_TURNED = (0, 2, 1, 3), (0, 2, 3, 1)  # [N, L, heads, d] -> [N, heads,
 
 def fuse_attention(traced: Traced) -> Traced:
     """`traced`, in whatever precision, with its attention fused where it is of the exporter's form."""
-    model = onnx.ModelProto()
-    model.CopyFrom(traced.model)
-    graph = model.graph
+    graph = traced.model.graph
     finder = _Finder(graph)
     fused = {match.result: match.nodes() for node in graph.node if (match := finder.match(node)) is not None}
     if not fused:
         return traced
-    nodes = [new for node in graph.node for new in fused.get(node.output[0], [node])]
-    nodes = _living(nodes, {value.name for value in graph.output})
-    del graph.node[:]
-    graph.node.extend(nodes)
-    if DOMAIN not in {entry.domain for entry in model.opset_import}:
-        model.opset_import.append(helper.make_opsetid(DOMAIN, 1))
-    return Traced(model, traced.signature, traced.weights)
+    result = rewired(traced, [new for node in graph.node for new in fused.get(node.output[0], [node])], traced.weights)
+    result.model.opset_import.append(helper.make_opsetid(DOMAIN, 1))
+    return result
 
 
 @dataclass(frozen=True)
 class _Match:
     """One attention: values [N, L or S, heads * d] that go in, the value that comes out, and what is between.
 
-    `kind` is the type the result is cast to, None where it stays as it is.
+    `scale` is 0 where the operator's own holds, d^-0.5; `kind` is the type the result is cast to, None where it stays.
     """
 
     query: str
@@ -52,7 +45,7 @@ class _Match:
     value: str
     result: str
     heads: int
-    scale: float | None
+    scale: float
     kind: int | None
     name: str
 
@@ -65,7 +58,7 @@ class _Match:
             name=self.name,
             domain=DOMAIN,
             num_heads=self.heads,
-            **({} if self.scale is None else {"scale": self.scale}),
+            **({"scale": self.scale} if self.scale else {}),
         )
         if self.kind is None:
             return [attention]
@@ -81,7 +74,7 @@ class _Finder:
                 self.readers.setdefault(name, []).append(node)
 
     def match(self, softmax: onnx.NodeProto) -> _Match | None:
-        """The attention around a softmax."""
+        """The attention around the softmax over its keys; None where there is none, or it has another form."""
         scores = self._made(softmax.input[0], "MatMul") if softmax.op_type == "Softmax" else None
         mix = self._only_reader(softmax.output[0], "MatMul")
         if scores is None or mix is None or mix.input[0] != softmax.output[0]:
@@ -96,13 +89,12 @@ class _Finder:
         key = self._before_cut(right.input[0], _CUT_TURNED)
         value = self._before_cut(mix.input[1], _CUT)
         scale, other = self._scale(left.input[1]), self._scale(right.input[1])
-        if query is None or key is None or value is None or scale is None or str(scale) != str(other):
+        if query is None or key is None or value is None or scale is None or scale != other:
             return None
         if not query[1] == key[1] == value[1] or len(self._sizes(joined.input[1])) != 3:
             return None
-        own = None if math.isnan(scale) else scale
         kind = None if cast is None else int(cast.attribute[0].i)
-        return _Match(query[0], key[0], value[0], joined.output[0], query[1], own, kind, mix.name)
+        return _Match(query[0], key[0], value[0], joined.output[0], query[1], scale, kind, mix.name)
 
     def _made(self, value: str, kind: str) -> onnx.NodeProto | None:
         """The node of type `kind` that makes `value`."""
@@ -136,13 +128,13 @@ class _Finder:
         return []
 
     def _scale(self, factor: str) -> float | None:
-        """The scale whose square root is `factor`; nan where it is taken from the width of a head; else None."""
+        """The scale whose square root is `factor`; 0 where it is taken from the width of a head; else None."""
         node = self.makers.get(factor)
         while node is not None and node.op_type in ("Cast", "Sqrt", "Div"):
             if node.op_type == "Sqrt" and (root := self._made(node.input[0], "Constant")) is not None:
                 return float(_value(root))
             node = self.makers.get(node.input[-1])
-        return math.nan if node is not None and node.op_type == "Slice" and self._made(node.input[0], "Shape") else None
+        return 0.0 if node is not None and node.op_type == "Slice" and self._made(node.input[0], "Shape") else None
 
 
 def _perm(node: onnx.NodeProto) -> tuple[int, ...]:
@@ -151,13 +143,3 @@ def _perm(node: onnx.NodeProto) -> tuple[int, ...]:
 
 def _value(constant: onnx.NodeProto) -> np.ndarray:
     return numpy_helper.to_array(constant.attribute[0].t)
-
-
-def _living(nodes: list[onnx.NodeProto], outputs: set[str]) -> list[onnx.NodeProto]:
-    """`nodes` without those whose results nothing reads."""
-    needed, living = set(outputs), []
-    for node in reversed(nodes):
-        if needed.intersection(node.output):
-            living.append(node)
-            needed.update(node.input)
-    return living[::-1]

@@ -13,24 +13,21 @@ from dataclasses import replace
 import onnx
 from onnx import helper
 
-from export.hollow import Traced, Weight, declaration
+from export.hollow import Traced, Weight, rewired
 
 
 def split_gates(traced: Traced) -> Traced:
     """`traced` with its gated layers split, as they leave the exporter: MatMul, Add, Split into two."""
-    model = onnx.ModelProto()
-    model.CopyFrom(traced.model)
-    graph = model.graph
+    graph = traced.model.graph
     makers = {name: node for node in graph.node for name in node.output}
     readers = Counter(name for node in graph.node for name in node.input)
-    weights, halves, gone = dict(traced.weights), dict[str, list[onnx.NodeProto]](), set[str]()
+    weights, halves = dict(traced.weights), dict[str, list[onnx.NodeProto]]()
     for cut in graph.node:
         layer = _layer(cut, makers, traced.weights)
         if layer is None or any(readers[node.output[0]] > 1 for node in layer):
             continue
         product, add = layer
         bias = next(name for name in add.input if name in traced.weights)
-        gone.update((product.output[0], add.output[0]))
         halves[cut.output[0]] = nodes = []
         for which, result in enumerate(cut.output):
             matrix, offset, between = f"{product.input[1]}.{which}", f"{bias}.{which}", f"{product.output[0]}.{which}"
@@ -40,15 +37,7 @@ def split_gates(traced: Traced) -> Traced:
                 helper.make_node("MatMul", [product.input[0], matrix], [between], name=f"{product.name}.{which}")
             )
             nodes.append(helper.make_node("Add", [offset, between], [result], name=f"{add.name}.{which}"))
-    nodes = [new for node in graph.node if node.output[0] not in gone for new in halves.get(node.output[0], [node])]
-    used = {name for node in nodes for name in node.input}
-    weights = {name: weight for name, weight in weights.items() if name in used}
-    inputs = [value for value in graph.input if value.name in weights or value.name in traced.signature.inputs]
-    inputs += [declaration(name, weight) for name, weight in weights.items() if name not in traced.weights]
-    del graph.node[:], graph.input[:]
-    graph.node.extend(nodes)
-    graph.input.extend(inputs)
-    return Traced(model, traced.signature, weights)
+    return rewired(traced, [new for node in graph.node for new in halves.get(node.output[0], [node])], weights)
 
 
 def _layer(

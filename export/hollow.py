@@ -7,7 +7,7 @@ of which component goes there, and how it is turned first. Nothing that depends 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -87,26 +87,38 @@ def trace_hollow(config: ModelConfig, graph: Graph) -> Traced:
 
 def fold_turns(traced: Traced) -> Traced:
     """`traced` with transpositions and axes put in or taken from weights moved from the graph into `Weight.turns`."""
-    model = onnx.ModelProto()
-    model.CopyFrom(traced.model)
-    graph = model.graph
-    constants = {node.output[0]: node for node in graph.node if node.op_type == "Constant"}
+    nodes = traced.model.graph.node
+    constants = {node.output[0]: node for node in nodes if node.op_type == "Constant"}
     weights, folded = dict(traced.weights), set()
-    for node in graph.node:
+    for node in nodes:
         turn = _turn(node, constants) if node.input and node.input[0] in weights else None
         if turn is not None:
             source = weights[node.input[0]]
             weights[node.output[0]] = replace(source, turns=(*source.turns, turn))
             folded.add(node.output[0])
-    nodes = [node for node in graph.node if not (node.output and node.output[0] in folded)]
-    used = {name for node in nodes for name in node.input} | {value.name for value in graph.output}
-    weights = {name: weight for name, weight in weights.items() if name in used}
-    kept = [value for value in graph.input if value.name in weights or value.name in traced.signature.inputs]
-    known = {value.name for value in kept}
-    kept += [declaration(name, weight) for name, weight in weights.items() if name not in known]
+    return rewired(traced, [node for node in nodes if node.output[0] not in folded], weights)
+
+
+def rewired(traced: Traced, nodes: Sequence[onnx.NodeProto], weights: Mapping[str, Weight]) -> Traced:
+    """`traced` made of other `nodes`, without those whose results nothing reads.
+
+    Args:
+        weights: by graph input; those that `traced` does not have are declared, in float32.
+    """
+    model = onnx.ModelProto()
+    model.CopyFrom(traced.model)
+    graph = model.graph
+    needed, living = {value.name for value in graph.output}, []
+    for node in reversed(nodes):
+        if needed.intersection(node.output):
+            living.append(node)
+            needed.update(node.input)
+    weights = {name: weight for name, weight in weights.items() if name in needed}
+    inputs = [value for value in graph.input if value.name in weights or value.name in traced.signature.inputs]
+    inputs += [_declaration(name, weight) for name, weight in weights.items() if name not in traced.weights]
     del graph.node[:], graph.input[:]
-    graph.node.extend(node for node in nodes if node.op_type != "Constant" or node.output[0] in used)
-    graph.input.extend(kept)
+    graph.node.extend(living[::-1])
+    graph.input.extend(inputs)
     return Traced(model, traced.signature, weights)
 
 
@@ -120,10 +132,10 @@ def _turn(node: onnx.NodeProto, constants: Mapping[str, onnx.NodeProto]) -> tupl
     return None
 
 
-def declaration(name: str, weight: Weight, kind: int = onnx.TensorProto.FLOAT) -> onnx.ValueInfoProto:
+def _declaration(name: str, weight: Weight) -> onnx.ValueInfoProto:
     """The graph input `name` for `weight`."""
     shape = weight.turned(np.broadcast_to(np.float32(0), weight.shape)).shape
-    return onnx.helper.make_tensor_value_info(name, kind, shape)
+    return onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
 
 
 def _hollow_components(config: ModelConfig, names: tuple[str, ...]) -> dict[str, nn.Module]:
