@@ -24,6 +24,9 @@ NotNegative = Annotated[float, msgspec.Meta(ge=0.0)]
 T = TypeVar("T")
 
 
+DRAWN = ("shapes", "scenery")  # sources that are drawn by lot: without a path, without an end
+
+
 class DataSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What to train on; the table `[data]`.
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
+import msgspec
 
 from runtime.commands.options import Size, output_options
 from runtime.commands.report import Report
 from runtime.errors import UsageError
 from videolavit.training.data.fields import DEFAULT_FIELDS, FIELDS, check_fields
-from videolavit.training.settings import DataSettings
+from videolavit.training.settings import DRAWN, DataSettings
 
 MIB = 2**20
 _FIELDS_HELP = "Comma-separated: " + ", ".join(FIELDS) + f". [default: {','.join(DEFAULT_FIELDS)}]"
@@ -99,10 +100,10 @@ def tokenize(
 
 def data_settings(source: str, split: str) -> DataSettings:
     """The source that a user names. Raises UsageError when there is nothing of that name."""
-    if source in ("shapes", "scenery"):
-        return DataSettings(source=source, split=split)  # type: ignore[arg-type]
+    if source in DRAWN:
+        return msgspec.convert({"source": source, "split": split}, DataSettings)
     path = Path(source)
     if not path.exists():
-        raise UsageError(f"SOURCE {source}: no such file or folder; name one, or shapes or scenery")
+        raise UsageError(f"SOURCE {source}: no such file or folder; name one, or {' or '.join(DRAWN)}")
     tar = path.suffix.lower() == ".tar" if path.is_file() else any(path.glob("*.tar"))
     return DataSettings(source="webdataset" if tar else "folder", path=source, split=split)

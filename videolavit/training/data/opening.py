@@ -11,7 +11,7 @@ from videolavit.training.data.folder import FolderSource
 from videolavit.training.data.scenery import ScenerySource
 from videolavit.training.data.shapes_source import ShapesSource
 from videolavit.training.data.webdataset import WebDatasetSource
-from videolavit.training.settings import DataSettings
+from videolavit.training.settings import DRAWN, DataSettings
 
 
 def open_source(settings: DataSettings, geometry: Geometry, *, seed: int = 0, clips: int = 1) -> Source:
@@ -26,7 +26,7 @@ def open_source(settings: DataSettings, geometry: Geometry, *, seed: int = 0, cl
         UsageError: path missing or unusable, a split the source does not have, or a tokenised folder, whose examples
             are no longer raw: open it as a `TokenizedDataset`.
     """
-    if settings.source in ("shapes", "scenery") and settings.path is not None:
+    if settings.source in DRAWN and settings.path is not None:
         raise UsageError(f"data.path {settings.path}: {settings.source} is drawn, it has no path; remove it")
     if settings.source == "shapes":
         return ShapesSource(geometry, split=settings.split, size=settings.size, seed=seed, clips=clips)

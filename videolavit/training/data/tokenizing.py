@@ -44,7 +44,7 @@ from videolavit.training.data.index import (
 from videolavit.training.data.opening import open_source
 from videolavit.training.data.shards import STAGING, ShardWriter, field_infos
 from videolavit.training.memory import keep_freed_memory
-from videolavit.training.settings import DataSettings
+from videolavit.training.settings import DRAWN, DataSettings
 
 SHARD_BYTES = 128 << 20  # about what a shard's arrays take, and what a process holds of them
 SHARD_ITEMS = 512
@@ -208,8 +208,8 @@ class _Worker:
         keep_freed_memory()
         checkpoint = load(plan.checkpoint)
         geometry = checkpoint.config.geometry
-        if plan.count is None and plan.data.source in ("shapes", "scenery"):
-            raise UsageError("--count is missing; the world of shapes has no end, say how many items to make")
+        if plan.count is None and plan.data.source in DRAWN:
+            raise UsageError(f"--count is missing; {plan.data.source} has no end, say how many items to make")
         source = open_source(plan.data, geometry, seed=plan.seed, clips=plan.clips)
         count = len(source) if plan.count is None else plan.count
         if count > len(source):
