@@ -331,6 +331,8 @@ def test_pairs_are_what_generation_rows_show(checkpoint: Checkpoint) -> None:
     rng = np.random.default_rng(0)
     assert all(trained.row(ITEMS[0], index, rng) is None for index in range(20))
     assert all(trained.row(pair, index, rng) is not None for index in range(20))
+    with pytest.raises(UsageError, match=r"options\.topics is empty; name the topics"):
+        stage(InstructStage, InstructOptions(pairs=0.5), checkpoint)
 
 
 def test_motion_before_a_question_may_be_learnt_too(checkpoint: Checkpoint) -> None:

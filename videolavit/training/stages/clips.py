@@ -53,6 +53,15 @@ class TokenizedClips(Dataset[dict[str, Tensor]]):
         return {name: item[name][chosen] for name in self.fields}
 
 
+def give_way(items: Any, more: Sequence[tuple[Any, float]], drawn: float) -> Any:
+    """`items`, or those of `more` in whose share of [0, 1) the number `drawn` lies."""
+    for others, share in more:
+        if 0 <= drawn < share:
+            return others
+        drawn -= share
+    return items
+
+
 class Mixed(Dataset[dict[str, Tensor]]):
     """The items of `first`, a share of which give way to items of others, by lot but always the same."""
 
@@ -64,11 +73,8 @@ class Mixed(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         drawn, other = np.random.default_rng([self.seed, index]).random(2)
-        for items, share in self.more:
-            if 0 <= drawn < share:
-                return items[int(other * len(items))]  # type: ignore[arg-type]
-            drawn -= share
-        return self.first[index]
+        items = give_way(self.first, self.more, drawn)
+        return items[index if items is self.first else int(other * len(items))]
 
 
 class MotionFields(Dataset[dict[str, Tensor]]):

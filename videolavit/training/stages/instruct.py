@@ -19,8 +19,10 @@ import torch
 from accelerate.utils import send_to_device  # type: ignore[import-untyped]
 from torch import Tensor
 
+from runtime.errors import UsageError
 from videolavit.training.data.examples import Question
 from videolavit.training.settings import NotNegative, Positive, Share
+from videolavit.training.stage import StageContext
 from videolavit.training.stages.language_model import LanguageModelOptions, LanguageModelStage, SequenceModel
 from videolavit.training.stages.sequences import Item, Row
 from videolavit.training.stages.starting import trainable
@@ -54,12 +56,22 @@ class InstructOptions(LanguageModelOptions, frozen=True, kw_only=True, forbid_un
 
 
 class InstructStage(LanguageModelStage):
-    """Trains the language model and `vit_proj` of the visual tokenizer on questions."""
+    """Trains the language model and `vit_proj` of the visual tokenizer on questions.
+
+    Raises UsageError when `pairs` are asked for and no topic is named that tells two shapes apart.
+    """
 
     name: ClassVar[str] = "instruct"
     trains: ClassVar[tuple[str, ...]] = ("language_model", "visual_tokenizer")
     Options: ClassVar[type[msgspec.Struct]] = InstructOptions
     fields: ClassVar[tuple[str, ...]] = ("visual_ids", "motion_ids", "features", "keep_logits")
+
+    def __init__(self, context: StageContext, options: InstructOptions) -> None:
+        if options.pairs and not options.topics:
+            raise UsageError(
+                f"options.pairs {options.pairs}: options.topics is empty; name the topics that must have two answers"
+            )
+        super().__init__(context, options)
 
     def build_module(self) -> SequenceModel:
         frozen = cast(Any, self.context.checkpoint.component("visual_tokenizer"))
@@ -78,8 +90,8 @@ class InstructStage(LanguageModelStage):
         for question in questions:
             topics[question.topic].append(question)
         if not questions or rng.random() < self.options.generation:
-            contrast = any(_contrast(topics.get(name, ())) for name in self.options.topics)
-            if self.options.pairs and rng.random() < self.options.pairs and not contrast:
+            wanted = self.options.pairs and rng.random() < self.options.pairs  # switched off it draws no number
+            if wanted and not any(_contrast(topics.get(name, ())) for name in self.options.topics):
                 return None
             return super().row(item, index, rng)
         weights = np.array([self.options.topics.get(topic, 1.0) for topic in topics])

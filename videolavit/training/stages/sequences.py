@@ -29,6 +29,7 @@ from runtime.tokenizers import TextTokenizer
 from runtime.vocabulary import EOS, UNK, Vocabulary
 from videolavit.training.data.encoding import keep_draw
 from videolavit.training.settings import Share
+from videolavit.training.stages.clips import give_way
 
 CONTEXT, GENERATED, ANSWER = 0, 1, 2  # kinds of positions: only the latter two are learnt
 NO_LABEL = -100
@@ -182,11 +183,7 @@ class Rows(Dataset[Row]):
         if not 0 <= index < len(self):
             raise IndexError(index)
         rng = np.random.default_rng([self.seed, index])
-        drawn, items = rng.random(), self.items
-        for others, share in self.more:
-            if 0 <= drawn < share:
-                items = others
-            drawn -= share
+        items = give_way(self.items, self.more, rng.random())
         for place in range(index, index + TRIES):
             row = self.make(items[place % len(items)], index, rng)
             if row is not None:
