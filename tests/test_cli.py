@@ -352,6 +352,8 @@ def test_ctrl_c_leaves_nothing_behind(tmp_path: Path, kind: signal.Signals) -> N
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         text=True,
+        # A suite in the background of a script ignores Ctrl-C, and its children would too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout is not None
     for line in process.stdout:  # wait until the video stage runs, so that the output is half-written
