@@ -410,6 +410,15 @@ def test_figures_on_held_out_scenes(checkpoint: Checkpoint) -> None:
 # The real loop over a tokenised folder
 
 
+def test_a_topic_that_the_data_does_not_have_is_named(folders: tuple[Path, Path]) -> None:
+    tokens, source = folders
+    data = DataSettings(source="tokenized", path=str(tokens))
+    context = StageContext(checkpoint=load(source), data=data, seed=0, device=torch.device("cpu"))
+    InstructStage(context, InstructOptions(topics={"colour": 2.0})).dataset()
+    with pytest.raises(UsageError, match=r"options\.topics coluor: no question of .*; there are: .*colour"):
+        InstructStage(context, InstructOptions(topics={"colour": 2.0, "coluor": 2.0})).dataset()
+
+
 @pytest.mark.parametrize("name", ["language-model", "instruct"])
 def test_a_resumed_run_is_the_unbroken_one(name: str, folders: tuple[Path, Path], tmp_path: Path) -> None:
     tokens, source = folders

@@ -70,11 +70,23 @@ class TokenizedDataset(Dataset[dict[str, Any]]):
         return self._ends[-1] if self._ends else 0
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        shard, place = self._place(index)
+        return shard.item(place)
+
+    def said(self, index: int) -> Text:
+        """Captions and questions of item `index`, without its arrays.
+
+        Raises IndexError beyond the last item, DataError when they cannot be read.
+        """
+        shard, place = self._place(index)
+        return shard.said(place)
+
+    def _place(self, index: int) -> tuple[_OpenShard, int]:
+        """The shard of item `index`, and which of its items it is."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         number = bisect_right(self._ends, index)
-        start = self._ends[number - 1] if number else 0
-        return self._shard(number).item(index - start)
+        return self._shard(number), index - (self._ends[number - 1] if number else 0)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_open": OrderedDict()}  # open files stay in their process
@@ -143,10 +155,10 @@ class _OpenShard:
                 found[name] = list(rows.split([b - a for a, b in pairwise(edges)]))
             else:
                 found[name] = self._slices[name][start:end].to(_LOADED[info.dtype])
-        text = self._said(index)
+        text = self.said(index)
         return found | {"captions": text.captions, "questions": text.questions}
 
-    def _said(self, index: int) -> Text:
+    def said(self, index: int) -> Text:
         start, end = self._between(self._offsets["text"], index)
         try:
             with self._text.open("rb") as stream:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import msgspec
@@ -21,10 +21,11 @@ from torch import Tensor
 
 from runtime.errors import UsageError
 from videolavit.training.data.examples import Question
+from videolavit.training.data.tokenized import TokenizedDataset
 from videolavit.training.settings import NotNegative, Positive, Share
 from videolavit.training.stage import StageContext
 from videolavit.training.stages.language_model import LanguageModelOptions, LanguageModelStage, SequenceModel
-from videolavit.training.stages.sequences import Item, Row
+from videolavit.training.stages.sequences import Item, Row, Rows
 from videolavit.training.stages.starting import trainable
 
 CHUNK = 64  # rows of a validation batch
@@ -58,7 +59,8 @@ class InstructOptions(LanguageModelOptions, frozen=True, kw_only=True, forbid_un
 class InstructStage(LanguageModelStage):
     """Trains the language model and `vit_proj` of the visual tokenizer on questions.
 
-    Raises UsageError when `pairs` are asked for and no topic is named that tells two shapes apart.
+    Raises UsageError when `pairs` are asked for and no topic is named that tells two shapes apart, and when a named
+    topic is nowhere in the data.
     """
 
     name: ClassVar[str] = "instruct"
@@ -83,6 +85,11 @@ class InstructStage(LanguageModelStage):
             projector=copy.deepcopy(frozen.vit_proj).requires_grad_(True).train(),
             answers=self.options.answers,
         )
+
+    def dataset(self) -> Rows:  # type: ignore[override]
+        rows = super().dataset()
+        _check_topics(self.options.topics, [rows.items, *(items for items, _ in rows.more)])
+        return rows
 
     def row(self, item: Item, index: int, rng: np.random.Generator) -> Row | None:
         questions: Sequence[Question] = item["questions"]
@@ -144,6 +151,22 @@ class InstructStage(LanguageModelStage):
         projector = cast(Any, self.module.projector)
         projected = {f"vit_proj.{name}": value for name, value in projector.state_dict().items()}
         return {**super().components(), "visual_tokenizer": state | projected}
+
+
+def _check_topics(named: Iterable[str], folders: Sequence[TokenizedDataset]) -> None:
+    """Raise UsageError for a topic that no question of `folders` has; reading stops when all have been met."""
+    missing, met = set(named), set[str]()
+    for folder in folders:
+        for index in range(len(folder)):
+            if not missing:
+                return
+            topics = {question.topic for question in folder.said(index).questions}
+            met |= topics
+            missing -= topics
+    if missing:
+        there = ", ".join(sorted(met)) or "no questions at all"
+        wanted = ", ".join(sorted(missing))
+        raise UsageError(f"options.topics {wanted}: no question of the data is about it; there are: {there}")
 
 
 def _contrast(asked: Sequence[Question]) -> bool:
