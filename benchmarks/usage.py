@@ -1,16 +1,14 @@
-"""What a process has used: CPU seconds and peak memory, children included; and steps in processes of their own.
-
-Standard library only.
-"""
+"""What a process has used: CPU seconds and peak memory, children included; and steps in processes of their own."""
 
 from __future__ import annotations
 
-import multiprocessing
 import resource
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from runtime.apart import apart
 
 
 def cpu_seconds() -> float:
@@ -29,31 +27,18 @@ def peak_kib() -> int:
 
 def measured(function: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
     """Run in a fresh process: what it returns, its seconds, CPU seconds and peak resident memory."""
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_measure, args=(sender, function, arguments))
-    process.start()
-    sender.close()
-    try:
-        result: dict[str, Any] = receiver.recv()
-    except EOFError:
-        process.join()
-        raise SystemExit(f"{function.__name__} ended with status {process.exitcode}") from None
-    process.join()
-    return result
+    return apart(function.__name__, _measured, function, *arguments)
 
 
-def _measure(sender: Any, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def _measured(function: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
     started = time.perf_counter()
     result = function(*arguments) or {}
-    sender.send(
-        {
-            "s": time.perf_counter() - started,
-            "CPU s": cpu_seconds(),
-            "peak RSS GiB": peak_kib() / (1 << 20),
-            **result,
-        }
-    )
+    return {
+        "s": time.perf_counter() - started,
+        "CPU s": cpu_seconds(),
+        "peak RSS GiB": peak_kib() / (1 << 20),
+        **result,
+    }
 
 
 def show(step: str, figures: dict[str, Any]) -> None:
