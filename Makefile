@@ -31,12 +31,12 @@ lint: $(VENV)/.dev
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy
 
-# The shipped model, trained from nothing in build/shapes: about six hours of one core. Ended early, it goes on where
+# The shipped model, trained from nothing in build/shapes: about eleven hours of one core. Ended early, it goes on where
 # it stopped. Each stage needs what the ones before it made (docs/training.md).
 RECIPES := videolavit/training/recipes/shapes
 TRAIN = $(RUN)/videolavit train $(1) --config $(RECIPES)/$(1)$(2).toml --checkpoint build/shapes \
 	-o build/runs/$(1)$(2) --resume
-TOKENIZE = $(RUN)/videolavit tokenize shapes -o build/tokens/$(1) --checkpoint build/shapes --workers 2 --resume
+TOKENIZE = $(RUN)/videolavit tokenize $(or $(2),shapes) -o build/tokens/$(1) --checkpoint build/shapes --workers 2 --resume
 PICTURE_FIELDS := visual_ids,features,keep_logits
 
 shapes-model: $(VENV)/.dev
@@ -60,12 +60,25 @@ shapes-model: $(VENV)/.dev
 	$(call TRAIN,instruct,-more)
 	$(call TRAIN,instruct,-binding)
 	$(call TRAIN,instruct,-last)
+	$(call TRAIN,instruct,-binding-directions)
+	$(call TRAIN,instruct,-binding-both)
+	$(call TRAIN,instruct,-binding-written)
+	$(call TRAIN,instruct,-together)
+	$(call TRAIN,instruct,-directions)
+	$(call TRAIN,instruct,-longest)
+	$(call TRAIN,keyframe-detokenizer,-third)
 	$(call TOKENIZE,videos) --count 1500 --seed 3 --fields latents,keyframe,motion_latent,motion_ids
 	$(call TRAIN,video-detokenizer,-short)
 	$(call TRAIN,video-detokenizer)
 	$(call TRAIN,video-detokenizer,-scattered)
 	$(call TRAIN,video-detokenizer,-scattered-more)
 	$(call TRAIN,video-detokenizer,-more)
+	$(call TRAIN,video-detokenizer,-scattered-third)
+	$(call TOKENIZE,scenery,scenery) --count 700 --seed 7 --fields latents,keyframe,motion_latent,motion_ids
+	$(call TRAIN,video-detokenizer,-scenery)
+	$(call TRAIN,video-detokenizer,-noisy)
+	$(call TRAIN,video-detokenizer,-noisy-more)
+	$(call TRAIN,video-detokenizer,-last)
 	rm -rf checkpoints/shapes && cp -r build/shapes checkpoints/shapes
 	$(MAKE) bundle quality
 

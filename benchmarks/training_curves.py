@@ -30,11 +30,23 @@ STAGES = {
     "instruct-more": "answers",
     "instruct-binding": "answers colour",
     "instruct-last": "answers",
+    "instruct-binding-directions": "answers direction",
+    "instruct-binding-both": "answers direction",
+    "instruct-binding-written": "image",
+    "instruct-together": "answers",
+    "instruct-directions": "direction",
+    "instruct-longest": "answers",
+    "keyframe-detokenizer-third": "psnr",
     "video-detokenizer-short": "psnr",
     "video-detokenizer": "psnr",
     "video-detokenizer-scattered": "error",
     "video-detokenizer-scattered-more": "error",
     "video-detokenizer-more": "psnr",
+    "video-detokenizer-scattered-third": "error",
+    "video-detokenizer-scenery": "psnr",
+    "video-detokenizer-noisy": "error",
+    "video-detokenizer-noisy-more": "error",
+    "video-detokenizer-last": "psnr",
 }
 POINTS = 12  # of a curve
 ROWS = 8  # of a table
