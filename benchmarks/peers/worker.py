@@ -14,9 +14,8 @@ import time
 from multiprocessing.connection import Connection
 from typing import Any
 
-from runtime.bench.memory import peak_rss
-
 from peers.protocol import Setting
+from runtime.memory import peak_rss
 
 REST = 0.05  # seconds after a call in which the threads of a library that waits actively go to sleep
 
