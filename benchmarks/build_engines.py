@@ -18,7 +18,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from usage import cpu_seconds, measured
+from steps import measured
+from usage import cpu_seconds
 
 from export.commands import choose
 from export.engine import write_engine

@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from usage import measured, show
+from steps import measured, show
 
 from export.settings import EngineSettings
 from videolavit.config import PRESETS, LanguageModelConfig

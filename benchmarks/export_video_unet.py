@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from usage import measured, show
+from steps import measured, show
 
 from export.engine import build_engine
 from export.settings import EngineSettings
