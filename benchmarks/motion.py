@@ -144,9 +144,10 @@ def repeated(source: Path, target: Path, times: int) -> Path:
 def worker(source: str, video: Path) -> None:
     """Read the clips for understanding once and print what that took."""
     from runtime.motion.mpeg4 import MotionSettings
-    from runtime.motion.select import open_source
+    from runtime.motion.select import SOURCES, open_source
 
-    name, _, mode = source.partition(" ")
+    word, _, mode = source.partition(" ")
+    name = next(known for known in SOURCES if known == word)
     settings = MotionSettings(sparse=mode == "sparse", slices="auto" if mode == "auto" else 1)
     before, began = cpu_seconds(), time.perf_counter()
     clips = open_source(video, name, settings).understanding_clips(max_clips=8)
