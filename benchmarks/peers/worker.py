@@ -15,9 +15,8 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from peers.protocol import Setting
+from runtime.bench.timing import REST
 from runtime.memory import peak_rss
-
-REST = 0.05  # seconds after a call in which the threads of a library that waits actively go to sleep
 
 
 class PeerProblem(Exception):
@@ -47,7 +46,7 @@ class Worker:
         except OSError as error:
             raise PeerProblem(f"{self.name}: its process has ended") from error
         result = self._receive()
-        time.sleep(REST)
+        time.sleep(REST)  # the threads of a library that waits actively go to sleep
         return result
 
     def peak(self) -> int:

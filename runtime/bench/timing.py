@@ -2,7 +2,8 @@
 
 Contract: contenders of one `Turn` alternate run by run (A B A B), so that a machine that is busy for a while is busy
 for all of them. Turns alternate in blocks, each begun with warm-up runs that are not counted: what has to be set up
-anew when another turn has had the engine, a prompt in a cache for example, happens there.
+anew when another turn has had the engine, a prompt in a cache for example, happens there. Between contenders is a rest:
+threads of a library wait for its next call actively, and would compute against whoever is next.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 Run = Callable[[], object]
+REST = 0.05  # seconds; ONNX Runtime's threads wait actively for some 0.03 s
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,8 @@ def take_turns(turns: Sequence[Turn], repeats: int, warm_up: int, blocks: int = 
                     run()
             for _ in range(share):
                 for name, run in turn.runs.items():
+                    if len(turn.runs) > 1:
+                        time.sleep(REST)
                     started = time.perf_counter()
                     run()
                     found[name].append(time.perf_counter() - started)
