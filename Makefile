@@ -88,7 +88,7 @@ bundle: $(VENV)/.dev
 	$(RUN)/videolavit export checkpoints/shapes -o engines/shapes --force
 	$(RUN)/videolavit verify engines/shapes checkpoints/shapes
 
-# What the bundle can do, measured on scenes it was not trained on; about an hour on two cores.
+# What the bundle can do, measured on scenes it was not trained on; more than half an hour on two cores.
 quality: $(VENV)/.dev
 	$(RUN)/videolavit evaluate shapes -o docs/quality.md --sheet docs/quality.png
 

@@ -29,6 +29,7 @@ from videolavit.config import ModelConfig
 from videolavit.inventory import inventory
 
 GIB = 2**30
+FEATURES = 60  # of a UNet, in its first width: measured on the shapes model, float32, 256x256 to 512x384
 PROCESS = 300 * 2**20  # bytes of a process with ONNX Runtime and nothing loaded
 WRITER = 900 * 2**20  # of one with torch and the exporter
 TORCH = 400 * 2**20  # of torch, beside weights
@@ -146,8 +147,8 @@ def _need(config: ModelConfig, name: str, precision: Precision, settings: BenchS
 def _activations(config: ModelConfig, name: str, settings: BenchSettings) -> int:
     """Bytes of the largest activations of an engine at the sizes that are measured, roughly.
 
-    For networks with attention these are its scores, twice (before and after the softmax) where the library does not
-    fuse them; for decoders of pictures a few layers of features at full size.
+    For UNets these are features, `FEATURES` for each channel and place of the first level in both branches (attention
+    holds a part of its scores at a time); for decoders of pictures a few layers of features at full size.
     """
     geometry = config.geometry
     size = settings.size or geometry.video_size
@@ -155,17 +156,14 @@ def _activations(config: ModelConfig, name: str, settings: BenchSettings) -> int
     cells = size[0] * size[1] // VAE_FACTOR**2
     keyframe_cells = keyframe[0] * keyframe[1] // VAE_FACTOR**2
     if name == "video_unet":
-        return 2 * 4 * 2 * geometry.frames * config.video_unet.heads[0] * cells**2
+        return 4 * FEATURES * 2 * geometry.frames * cells * config.video_unet.block_out_channels[0]
     if name == "keyframe_unet":
-        levels = enumerate(config.keyframe_unet.transformer_layers)
-        level = next((index for index, layers in levels if layers is not None), 0)
-        return 2 * 4 * 2 * config.keyframe_unet.heads[level] * (keyframe_cells // 4**level) ** 2
+        return 4 * FEATURES * 2 * keyframe_cells * config.keyframe_unet.block_out_channels[0]
     if name == "video_vae_decoder":
         chunk = config.defaults.decode_chunk
         return 4 * 4 * chunk * math.prod(size) * config.video_vae.block_out_channels[1]
     if name == "keyframe_vae_decoder":
-        scores = 2 * 4 * keyframe_cells**2
-        return scores + 4 * 4 * math.prod(keyframe) * config.keyframe_vae.block_out_channels[1]
+        return 4 * 7 * math.prod(keyframe) * config.keyframe_vae.block_out_channels[1]  # 6.3 measured
     if name == LANGUAGE_MODEL:
         llm = config.language_model
         positions = max(settings.contexts) + settings.tokens
