@@ -34,14 +34,14 @@ lint: $(VENV)/.dev
 # The shipped model, trained from nothing in build/shapes: about eleven hours of one core. Ended early, it goes on where
 # it stopped. Each stage needs what the ones before it made (docs/training.md).
 RECIPES := videolavit/training/recipes/shapes
-TRAIN = $(RUN)/videolavit train $(1) --config $(RECIPES)/$(1)$(2).toml --checkpoint build/shapes \
+TRAIN = $(RUN)/videolavit train $(1) --config $(RECIPES)/$(1)$(2).toml --checkpoint build/$(or $(3),shapes) \
 	-o build/runs/$(1)$(2) --resume
 TOKENIZE = $(RUN)/videolavit tokenize $(or $(2),shapes) -o build/tokens/$(1) --checkpoint build/shapes --workers 2 --resume
 PICTURE_FIELDS := visual_ids,features,keep_logits
 
 shapes-model: $(VENV)/.dev
 	@mkdir -p build/runs build/tokens checkpoints
-	test -e build/shapes || $(RUN)/videolavit init shapes -o build/shapes --seed 0
+	test -e build/shapes || $(RUN)/videolavit init shapes -o build/shapes --seed 0 --layers 4
 	$(call TRAIN,vision)
 	$(call TRAIN,visual-tokenizer)
 	$(call TRAIN,motion-tokenizer)
@@ -79,7 +79,13 @@ shapes-model: $(VENV)/.dev
 	$(call TRAIN,video-detokenizer,-noisy)
 	$(call TRAIN,video-detokenizer,-noisy-more)
 	$(call TRAIN,video-detokenizer,-last)
-	rm -rf checkpoints/shapes && cp -r build/shapes checkpoints/shapes
+	$(call TRAIN,video-detokenizer,-noisy-third)
+	$(call TRAIN,video-detokenizer,-last-again)
+	$(call TRAIN,keyframe-detokenizer,-fourth)
+	$(call TOKENIZE,clips-fresh) --count 8000 --seed 8 --fields $(PICTURE_FIELDS),motion_ids
+	test -e build/shapes-deep || $(RUN)/videolavit deepen build/shapes -o build/shapes-deep --layers 6
+	$(call TRAIN,instruct,-deep,shapes-deep)
+	rm -rf checkpoints/shapes && cp -r build/shapes-deep checkpoints/shapes
 	$(MAKE) bundle quality
 
 # The bundle in engines/shapes, from the checkpoint.

@@ -47,6 +47,10 @@ STAGES = {
     "video-detokenizer-noisy": "error",
     "video-detokenizer-noisy-more": "error",
     "video-detokenizer-last": "psnr",
+    "video-detokenizer-noisy-third": "error",
+    "video-detokenizer-last-again": "psnr",
+    "keyframe-detokenizer-fourth": "psnr",
+    "instruct-deep": "answers",
 }
 POINTS = 12  # of a curve
 ROWS = 8  # of a table

@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -173,11 +174,11 @@ class _RenamedWeights:
         return self._weights.tensors(self._names[component])
 
 
-def initialise(preset: str, seed: int) -> Checkpoint:
+def initialise(preset: str, seed: int, layers: int | None = None) -> Checkpoint:
     """A checkpoint of `preset` (a key of `PRESETS`) with random weights from `seed`, marked as untrained.
 
-    Every value is representable in float16. Raises UsageError for an unknown preset or one without a shipped
-    tokenizer.
+    `layers` are of the language model (None: as many as the preset has). Every value is representable in float16.
+    Raises UsageError for an unknown preset or one without a shipped tokenizer.
     """
     if preset not in PRESETS:
         raise UsageError(f"PRESET {preset!r}: there is no such preset; choose one of {', '.join(PRESETS)}")
@@ -186,6 +187,8 @@ def initialise(preset: str, seed: int) -> Checkpoint:
             f"PRESET {preset!r}: its tokenizer is not shipped; presets that can be initialised: {', '.join(TOKENIZERS)}"
         )
     config = PRESETS[preset]
+    if layers is not None:
+        config = replace(config, language_model=replace(config.language_model, layers=layers))
     tokenizer = TOKENIZERS[preset].read_bytes()
     weights = RandomWeights(config, seed)
     return Checkpoint(config, tokenizer=tokenizer, weights=weights, untrained=tuple(COMPONENTS))

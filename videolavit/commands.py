@@ -18,13 +18,30 @@ GIB = 2**30
 @click.argument("preset")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder to write.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, envvar="VIDEOLAVIT_SEED")
+@click.option("--layers", type=click.IntRange(min=1), help="Layers of the language model, instead of the preset's.")
 @click.option("--force", is_flag=True, help="Replace an existing checkpoint.")
-def init(preset: str, output: Path, seed: int, force: bool) -> None:
+def init(preset: str, output: Path, seed: int, layers: int | None, force: bool) -> None:
     """Write a checkpoint of PRESET with random weights."""
     from videolavit.checkpoints import initialise
 
-    initialise(preset, seed).save(output, force=force)
+    initialise(preset, seed, layers).save(output, force=force)
     click.echo(f"{output}: {preset} with random weights from seed {seed}; it is not trained", err=True)
+
+
+@click.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("--layers", type=click.IntRange(min=1), required=True, help="Layers it gets, at most twice as many.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder to write.")
+@click.option("--force", is_flag=True, help="Replace an existing checkpoint.")
+def deepen(checkpoint: Path, layers: int, output: Path, force: bool) -> None:
+    """Write CHECKPOINT with more layers in its language model, which writes the same as before until it is trained."""
+    from videolavit.checkpoints import load
+    from videolavit.deepening import deepened
+
+    source = load(checkpoint)
+    deepened(source, layers).save(output, force=force)
+    there = source.config.language_model.layers
+    click.echo(f"{output}: the language model has {layers} layers instead of {there}, and writes the same", err=True)
 
 
 @click.command()

@@ -224,7 +224,7 @@ def _shapes() -> ModelConfig:
         ),
         video_vae=VideoVaeConfig(block_out_channels=(16, 32, 64, 64), norm_groups=8, sample_size=128),
         language_model=LanguageModelConfig(
-            hidden_size=128, intermediate_size=384, layers=4, heads=8, kv_heads=8, max_positions=1024
+            hidden_size=128, intermediate_size=384, layers=6, heads=8, kv_heads=8, max_positions=1024
         ),
         keyframe_scheduler=SchedulerSettings(kind="ddim", prediction="v_prediction", spacing="trailing", beta_end=0.02),
         # Guidance and sampling by trial on held-out captions: more guidance and hotter sampling cost kinds and colours.
