@@ -230,11 +230,11 @@ def _shapes() -> ModelConfig:
         # Guidance and sampling by trial on held-out captions: more guidance and hotter sampling cost kinds and colours.
         defaults=TaskDefaults(
             image_guidance=2.0,
-            text_guidance=2.0,
-            motion_guidance=3.0,
+            text_guidance=1.5,
+            motion_guidance=1.0,
             video_guidance=(1.0, 1.5),
-            top_k=10,
-            temperature=0.7,
+            top_k=3,
+            temperature=0.3,
             keyframe_steps=16,
             video_steps=12,
             max_image_tokens=66,
