@@ -23,6 +23,7 @@ from runtime.context import Context
 from runtime.decoder import DecodingOptions, generate, motion_phase
 
 _ITEM = {"float32": 4, "float16": 2, "bfloat16": 2}
+GUIDANCE = 2.0  # the work does not depend on how strong it is, and a model's default may be none
 BLOCKS = 2  # a block of runs with guidance follows one without, twice: each reads the prompt anew
 
 
@@ -50,21 +51,20 @@ def prefill(bench: Bench) -> list[Row]:
 
 def decode(bench: Bench) -> list[Row]:
     tokens = bench.settings.tokens
-    guidance = bench.manifest.defaults.motion_guidance
     embed = bench.engines.get("token_embedding")
     start = embed(ids=np.array([[bench.manifest.vocabulary.motion_start]]))["embeds"][0]  # [1, D]
     works = {}
     for context in bench.settings.contexts:
         prompt = np.concatenate([_embeddings(bench, context - 1), start])
-        for scale in (1.0, guidance):
+        for scale in (1.0, GUIDANCE):
             codes = motion_phase(bench.manifest.vocabulary).codes[0]
             works[context, scale] = Decoding(prompt, start, codes, tokens, scale)
     shared = Context()
     own = {key: _own(bench, work, shared) for key, work in works.items()}
-    bench.alone(own[max(bench.settings.contexts), guidance])  # two rows and the longest cache take the most memory
+    bench.alone(own[max(bench.settings.contexts), GUIDANCE])  # two rows and the longest cache take the most memory
     measured = {}
     for context in bench.settings.contexts:
-        plain, guided = (context, 1.0), (context, guidance)
+        plain, guided = (context, 1.0), (context, GUIDANCE)
         turns = [_turn(bench, own[key], works[key]) for key in (plain, guided)]
         measured[plain], measured[guided] = bench.take_turns(*turns, blocks=BLOCKS)
     bench.engines.close()
@@ -72,7 +72,7 @@ def decode(bench: Bench) -> list[Row]:
     rows = []
     for context in bench.settings.contexts:
         before = measured[context, 1.0][OURS].median
-        for scale in (1.0, guidance):
+        for scale in (1.0, GUIDANCE):
             times = {name: found.per(tokens) for name, found in measured[context, scale].items()}
             bytes_ = None if weights is None else weights + _cache_bytes(bench, context, scale != 1.0)
             kind = "guided" if scale != 1.0 else "unguided"
