@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -91,6 +92,17 @@ def test_json_ends_in_one_object_with_every_figure(bench, tiny_bundle: Path) -> 
     assert result["roofs"]["bandwidth"] > 0 and result["roofs"]["matmul"] > 0
     assert result["machine"]["threads"] == 1 and "onnxruntime" in result["machine"]["versions"]
     assert result["settings"]["contexts"] == [8]
+
+
+def test_guided_tokens_are_measured_where_the_model_guides_nothing(bench, tiny_bundle: Path, tmp_path: Path) -> None:
+    bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "unguided"))
+    manifest = json.loads((bundle / "bundle.json").read_text())
+    manifest["defaults"]["motion_guidance"] = 1.0
+    (bundle / "bundle.json").write_text(json.dumps(manifest))
+    done = bench(bundle, "--stages", "decode", "--json", *QUICK)
+    assert done.code == 0, done.err
+    unguided, guided = done.events[-1]["stages"][0]["rows"]
+    assert guided["bytes"] > unguided["bytes"] and guided["ratio_to"] == "unguided"
 
 
 def test_every_stage_runs_and_the_table_has_them(bench, tiny_bundle: Path, tmp_path: Path) -> None:
