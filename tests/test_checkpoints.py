@@ -52,6 +52,14 @@ def test_a_seed_decides_the_weights() -> None:
     assert initialise("tiny", 3).digest != initialise("tiny", 4).digest
 
 
+def test_a_language_model_can_begin_with_other_layers_than_the_preset(tmp_path: Path) -> None:
+    done = CliRunner().invoke(init, ["tiny", "-o", str(tmp_path / "two"), "--layers", "2"])
+    assert done.exit_code == 0, done.output
+    read = load(tmp_path / "two")
+    assert read.config.language_model.layers == 2 != PRESETS["tiny"].language_model.layers
+    read.component("language_model")
+
+
 def test_weights_that_do_not_fit_float16_keep_their_values(folder: Path, tmp_path: Path) -> None:
     edit_weights(folder, "motion_encoder", lambda t: t.update({"norm.bias": torch.full((32,), 1 / 3)}))
     load(folder).save(tmp_path / "again")

@@ -44,13 +44,16 @@ def test_every_new_layer_gets_a_gradient() -> None:
 
 
 @given(there=st.integers(1, 40), data=st.data())
-def test_old_layers_stay_in_order_and_copies_follow_theirs(there: int, data: st.DataObject) -> None:
+def test_copies_follow_theirs_and_are_spread_evenly(there: int, data: st.DataObject) -> None:
     layers = data.draw(st.integers(there + 1, 2 * there))
     sources = layer_sources(there, layers)
     assert len(sources) == layers
     assert [old for old, silent in sources if not silent] == list(range(there))
     for (old, _), (copied, silent) in itertools.pairwise(sources):
         assert copied == (old if silent else old + 1)
+    copied_layers = [-1, *(old for old, silent in sources if silent)]
+    runs = [after - before for before, after in itertools.pairwise(copied_layers)]
+    assert max(runs) - min(runs) <= 1 and copied_layers[-1] == there - 1
 
 
 def test_the_command(tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -65,7 +68,8 @@ def test_the_command(tiny_checkpoint: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("layers", [2, 3, 7])
 def test_what_cannot_be_is_one_line(tiny_checkpoint: Path, tmp_path: Path, layers: int) -> None:
-    with pytest.raises(UsageError, match=rf"--layers {layers}: the language model has 3; choose 4 to 6"):
-        deepened(load(tiny_checkpoint), layers)
-    CliRunner().invoke(deepen, [str(tiny_checkpoint), "--layers", str(layers), "-o", str(tmp_path / "deep")])
-    assert not (tmp_path / "deep").exists()
+    target = tmp_path / "deep"
+    done = CliRunner().invoke(deepen, [str(tiny_checkpoint), "--layers", str(layers), "-o", str(target)])
+    assert isinstance(done.exception, UsageError)
+    assert str(done.exception) == f"--layers {layers}: the language model has 3; choose 4 to 6"
+    assert not target.exists()

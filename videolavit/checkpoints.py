@@ -59,6 +59,11 @@ class StoredWeights(Weights, Protocol):
         """(name, tensor as it is stored) pairs of one component in the order of their names."""
 
 
+def stored_tensors(weights: Weights, component: str) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) pairs in the types in which they are stored, float32 where `weights` does not say."""
+    return weights.stored(component) if isinstance(weights, StoredWeights) else weights.tensors(component)
+
+
 class Checkpoint:
     """A model.
 
@@ -157,9 +162,7 @@ class Checkpoint:
 
     def _to_store(self, component: str) -> Iterator[tuple[str, Tensor]]:
         """A component's tensors in the smallest type that keeps their values."""
-        source = self.weights
-        stored = source.stored(component) if isinstance(source, StoredWeights) else source.tensors(component)
-        for name, tensor in stored:
+        for name, tensor in stored_tensors(self.weights, component):
             yield name, _smallest(tensor)
 
 

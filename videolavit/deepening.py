@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from runtime.errors import UsageError
-from videolavit.checkpoints import Checkpoint, StoredWeights, Weights
+from videolavit.checkpoints import Checkpoint, Weights, stored_tensors
 from videolavit.inventory import module_of
 
 LANGUAGE_MODEL = "language_model"
@@ -60,10 +60,10 @@ class _DeepenedWeights:
         return ((name, tensor.float()) for name, tensor in self.stored(component))
 
     def stored(self, component: str) -> Iterator[tuple[str, Tensor]]:
-        source = self._weights
-        stored = source.stored(component) if isinstance(source, StoredWeights) else source.tensors(component)
+        stored = stored_tensors(self._weights, component)
         if module_of(component) != LANGUAGE_MODEL:
             return stored
+        # All at once, for the order of names; those of a folder are mapped from its files, not in memory.
         return iter(sorted(self._copied(stored), key=lambda item: item[0]))
 
     def _copied(self, stored: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
