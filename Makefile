@@ -78,9 +78,9 @@ shapes-model: $(VENV)/.dev
 	$(call TRAIN,video-detokenizer,-scenery)
 	$(call TRAIN,video-detokenizer,-noisy)
 	$(call TRAIN,video-detokenizer,-noisy-more)
-	$(call TRAIN,video-detokenizer,-last)
+	$(call TRAIN,video-detokenizer,-whole)
 	$(call TRAIN,video-detokenizer,-noisy-third)
-	$(call TRAIN,video-detokenizer,-last-again)
+	$(call TRAIN,video-detokenizer,-whole-more)
 	$(call TRAIN,keyframe-detokenizer,-fourth)
 	$(call TOKENIZE,clips-fresh) --count 8000 --seed 8 --fields $(PICTURE_FIELDS),motion_ids
 	test -e build/shapes-deep || $(RUN)/videolavit deepen build/shapes -o build/shapes-deep --layers 6

@@ -46,9 +46,9 @@ STAGES = {
     "video-detokenizer-scenery": "psnr",
     "video-detokenizer-noisy": "error",
     "video-detokenizer-noisy-more": "error",
-    "video-detokenizer-last": "psnr",
+    "video-detokenizer-whole": "psnr",
     "video-detokenizer-noisy-third": "error",
-    "video-detokenizer-last-again": "psnr",
+    "video-detokenizer-whole-more": "psnr",
     "keyframe-detokenizer-fourth": "psnr",
     "instruct-deep": "answers",
 }
