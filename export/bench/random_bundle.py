@@ -29,7 +29,10 @@ from videolavit.config import ModelConfig
 from videolavit.inventory import inventory
 
 GIB = 2**30
-FEATURES = 60  # of a UNet, in its first width: measured on the shapes model, float32, 256x256 to 512x384
+# Peak features of an engine, in multiples of its first width at full size; `bench --preset shapes --random-weights` in
+# fp32 with key frames of 256x256 to 512x512 had at most 58 and 6.3.
+UNET_FEATURES = 60
+KEYFRAME_VAE_FEATURES = 7
 PROCESS = 300 * 2**20  # bytes of a process with ONNX Runtime and nothing loaded
 WRITER = 900 * 2**20  # of one with torch and the exporter
 TORCH = 400 * 2**20  # of torch, beside weights
@@ -147,8 +150,8 @@ def _need(config: ModelConfig, name: str, precision: Precision, settings: BenchS
 def _activations(config: ModelConfig, name: str, settings: BenchSettings) -> int:
     """Bytes of the largest activations of an engine at the sizes that are measured, roughly.
 
-    For UNets these are features, `FEATURES` for each channel and place of the first level in both branches (attention
-    holds a part of its scores at a time); for decoders of pictures a few layers of features at full size.
+    For UNets these are `UNET_FEATURES` for each channel and place of the first level in both branches (attention holds a
+    part of its scores at a time); for decoders of pictures a few layers of features at full size; all in float32.
     """
     geometry = config.geometry
     size = settings.size or geometry.video_size
@@ -156,14 +159,14 @@ def _activations(config: ModelConfig, name: str, settings: BenchSettings) -> int
     cells = size[0] * size[1] // VAE_FACTOR**2
     keyframe_cells = keyframe[0] * keyframe[1] // VAE_FACTOR**2
     if name == "video_unet":
-        return 4 * FEATURES * 2 * geometry.frames * cells * config.video_unet.block_out_channels[0]
+        return 4 * UNET_FEATURES * 2 * geometry.frames * cells * config.video_unet.block_out_channels[0]
     if name == "keyframe_unet":
-        return 4 * FEATURES * 2 * keyframe_cells * config.keyframe_unet.block_out_channels[0]
+        return 4 * UNET_FEATURES * 2 * keyframe_cells * config.keyframe_unet.block_out_channels[0]
     if name == "video_vae_decoder":
         chunk = config.defaults.decode_chunk
         return 4 * 4 * chunk * math.prod(size) * config.video_vae.block_out_channels[1]
     if name == "keyframe_vae_decoder":
-        return 4 * 7 * math.prod(keyframe) * config.keyframe_vae.block_out_channels[1]  # 6.3 measured
+        return 4 * KEYFRAME_VAE_FEATURES * math.prod(keyframe) * config.keyframe_vae.block_out_channels[1]
     if name == LANGUAGE_MODEL:
         llm = config.language_model
         positions = max(settings.contexts) + settings.tokens
