@@ -227,7 +227,8 @@ def _shapes() -> ModelConfig:
             hidden_size=128, intermediate_size=384, layers=6, heads=8, kv_heads=8, max_positions=1024
         ),
         keyframe_scheduler=SchedulerSettings(kind="ddim", prediction="v_prediction", spacing="trailing", beta_end=0.02),
-        # Guidance and sampling by trial on held-out captions: more guidance and hotter sampling cost kinds and colours.
+        # Guidance and sampling by trial on held-out captions, others than `evaluate` asks: more guidance and hotter
+        # sampling cost kinds and colours, and guided motion was no better.
         defaults=TaskDefaults(
             image_guidance=2.0,
             text_guidance=1.5,
