@@ -150,8 +150,8 @@ def _need(config: ModelConfig, name: str, precision: Precision, settings: BenchS
 def _activations(config: ModelConfig, name: str, settings: BenchSettings) -> int:
     """Bytes of the largest activations of an engine at the sizes that are measured, roughly.
 
-    For UNets these are `UNET_FEATURES` for each channel and place of the first level in both branches (attention holds a
-    part of its scores at a time); for decoders of pictures a few layers of features at full size; all in float32.
+    For UNets these are `UNET_FEATURES` for each channel and place of the first level in both branches (attention holds
+    a part of its scores at a time); for decoders of pictures a few layers of features at full size; all in float32.
     """
     geometry = config.geometry
     size = settings.size or geometry.video_size
