@@ -185,7 +185,7 @@ def test_a_folder_that_is_something_else_is_left_alone(tmp_path: Path, tiny_chec
 
 def test_the_command_writes_a_folder(tmp_path: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["tokenize", "shapes", "-o", str(tmp_path / "out"), "--checkpoint", str(tiny_checkpoint)]
-    command += ["--count", "2", "--clips", "2", "--split", "held-out"]
+    command += ["--count", "2", "--clips", "2", "--split", "held-out", "--shapes", "2"]
     with pytest.raises(SystemExit) as finished:
         main(command)
     assert finished.value.code == 0
@@ -193,5 +193,5 @@ def test_the_command_writes_a_folder(tmp_path: Path, tiny_checkpoint: Path, caps
     item = TokenizedDataset(tmp_path / "out")[1]
     assert item["motion_ids"].shape[0] == len(item["visual_ids"]) == 2
     index = read_index(tmp_path / "out")
-    assert index.recipe.source == {"source": "shapes", "split": "held-out", "seed": 0, "clips": 2}
+    assert index.recipe.source == {"source": "shapes", "split": "held-out", "seed": 0, "clips": 2, "shapes": 2}
     assert set(index.recipe.components) == {"motion_tokenizer", "visual_tokenizer"}

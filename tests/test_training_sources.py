@@ -69,6 +69,19 @@ def test_shapes_are_a_pure_function_of_the_index() -> None:
         source.picture(10)
 
 
+@pytest.mark.parametrize("shapes", [1, 2])
+def test_the_number_of_shapes_may_be_given(shapes: int) -> None:
+    source = open_source(DataSettings(source="shapes", shapes=shapes), GEOMETRY)
+    assert isinstance(source, ShapesSource)
+    assert {len(source.scene(index)[0].shapes) for index in range(20)} == {shapes}
+    assert {len(ShapesSource(GEOMETRY).scene(index)[0].shapes) for index in range(20)} == {1, 2}
+
+
+def test_the_number_of_shapes_is_only_for_the_world_of_shapes(media: Path) -> None:
+    with pytest.raises(UsageError, match=r"data\.shapes 2: only the world of shapes"):
+        open_source(DataSettings(source="folder", path=str(media), shapes=2), GEOMETRY)
+
+
 def test_folder_reads_media_and_all_kinds_of_labels(media: Path) -> None:
     source = FolderSource(media, GEOMETRY, clips=2)
     assert [file.as_posix() for file in source.files] == ["a.mp4", "c.png", "more/b.mp4"]

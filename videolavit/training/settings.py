@@ -36,12 +36,14 @@ class DataSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         path: folder of the source; not for what is drawn.
         split: part of the source.
         size: number of items of a source without an end.
+        shapes: how many shapes a scene of the source "shapes" has, 1 or 2; None: some one, some two.
     """
 
     source: Literal["shapes", "scenery", "folder", "webdataset", "tokenized"] = "shapes"
     path: str | None = None
     split: str = "train"
     size: Count = 1_000_000
+    shapes: Literal[1, 2] | None = None
 
 
 class TrainSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -29,6 +29,11 @@ _FIELDS_HELP = "Comma-separated: " + ", ".join(FIELDS) + f". [default: {','.join
 )
 @click.option("--split", default="train", show_default=True, help="Part of the world of shapes: train or held-out.")
 @click.option(
+    "--shapes",
+    type=click.Choice(["1", "2"]),
+    help="Shapes in every scene of the world of shapes. [default: 1 or 2, drawn]",
+)
+@click.option(
     "--clips", type=click.IntRange(1, 100), default=1, show_default=True, help="Most clips to take of a video."
 )
 @click.option("--size", type=Size(), help="Size of key frames and of what the VAEs see. [default: the model's]")
@@ -46,6 +51,7 @@ def tokenize(
     fields: str | None,
     count: int | None,
     split: str,
+    shapes: str | None,
     clips: int,
     size: tuple[int, int] | None,
     seed: int,
@@ -66,7 +72,7 @@ def tokenize(
     from videolavit.training.data.tokenizing import Plan, tokenize
 
     plan = Plan(
-        data=data_settings(source, split),
+        data=data_settings(source, split, shapes),
         checkpoint=checkpoint,
         fields=names,
         count=count,
@@ -98,12 +104,13 @@ def tokenize(
         report.result(text, folder=str(output), fields=list(names), **counts)
 
 
-def data_settings(source: str, split: str) -> DataSettings:
+def data_settings(source: str, split: str, shapes: str | None = None) -> DataSettings:
     """The source that a user names. Raises UsageError when there is nothing of that name."""
+    settings = {"source": source, "split": split, "shapes": None if shapes is None else int(shapes)}
     if source in DRAWN:
-        return msgspec.convert({"source": source, "split": split}, DataSettings)
+        return msgspec.convert(settings, DataSettings)
     path = Path(source)
     if not path.exists():
         raise UsageError(f"SOURCE {source}: no such file or folder; name one, or {' or '.join(DRAWN)}")
     tar = path.suffix.lower() == ".tar" if path.is_file() else any(path.glob("*.tar"))
-    return DataSettings(source="webdataset" if tar else "folder", path=source, split=split)
+    return msgspec.convert({**settings, "source": "webdataset" if tar else "folder", "path": source}, DataSettings)

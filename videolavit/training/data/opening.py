@@ -29,7 +29,11 @@ def open_source(settings: DataSettings, geometry: Geometry, *, seed: int = 0, cl
     if settings.source in DRAWN and settings.path is not None:
         raise UsageError(f"data.path {settings.path}: {settings.source} is drawn, it has no path; remove it")
     if settings.source == "shapes":
-        return ShapesSource(geometry, split=settings.split, size=settings.size, seed=seed, clips=clips)
+        return ShapesSource(
+            geometry, split=settings.split, size=settings.size, seed=seed, clips=clips, shapes=settings.shapes
+        )
+    if settings.shapes is not None:
+        raise UsageError(f"data.shapes {settings.shapes}: only the world of shapes has such scenes; remove it")
     if settings.split != DataSettings().split:
         raise UsageError(
             f"data.split {settings.split}: only the world of shapes has parts; give every part a path of its own"

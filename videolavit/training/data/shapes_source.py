@@ -39,25 +39,39 @@ class ShapesSource:
         size: number of items.
         seed: 0 or more.
         clips: clips per item.
+        shapes: in every scene; None draws 1 or 2.
 
     Raises:
         UsageError: an argument is not one of these.
     """
 
     def __init__(
-        self, geometry: Geometry, *, split: str = "train", size: int = 1_000_000, seed: int = 0, clips: int = 1
+        self,
+        geometry: Geometry,
+        *,
+        split: str = "train",
+        size: int = 1_000_000,
+        seed: int = 0,
+        clips: int = 1,
+        shapes: int | None = None,
     ) -> None:
         if split not in SPLITS:
             raise UsageError(f"split {split!r}: the world of shapes has {' and '.join(SPLITS)}")
         if geometry.frames != FRAMES:
             raise UsageError(f"the world of shapes has clips of {FRAMES} frames, this model's have {geometry.frames}")
-        self.split, self.size, self.seed, self.clips = split, size, seed, clips
+        self.split, self.size, self.seed, self.clips, self.shapes = split, size, seed, clips, shapes
 
     def __len__(self) -> int:
         return self.size
 
     def identity(self) -> Mapping[str, object]:
-        return {"source": "shapes", "split": self.split, "seed": self.seed, "clips": self.clips}
+        return {
+            "source": "shapes",
+            "split": self.split,
+            "seed": self.seed,
+            "clips": self.clips,
+            "shapes": self.shapes,
+        }
 
     def moves(self, index: int) -> bool:
         return True
@@ -67,7 +81,7 @@ class ShapesSource:
         if not 0 <= index < self.size:
             raise IndexError(index)
         rng = np.random.default_rng([self.seed, index])
-        scene = sample_scene(int(rng.integers(2**62)), split=self.split, clips=self.clips)
+        scene = sample_scene(int(rng.integers(2**62)), split=self.split, clips=self.clips, shapes=self.shapes)
         return scene, rng
 
     def picture(self, index: int) -> PictureExample:
