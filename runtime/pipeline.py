@@ -22,6 +22,7 @@ import numpy as np
 
 from runtime import positions, prompts
 from runtime.bundle import Bundle
+from runtime.candidates import best, prompt_likelihood
 from runtime.context import Context
 from runtime.decoder import DecodingOptions, Phase, generate, image_phase, motion_phase, strip_pad, text_phase
 from runtime.detokenizers import (
@@ -156,7 +157,8 @@ class Pipeline:
         if settings.image is not None:
             # Here, and only here, a picture stands in the prompt without its markers (§12.6).
             sequence += self._picture_ids(settings.image, noise)[1:-1]
-        ids = self._write_image(sequence, settings, noise)
+        tries = (self._write_image(sequence, settings, noise) for _ in range(settings.candidates))
+        ids = best(tries, lambda ids: self._likelihood(settings, ids))
         latents, image = self._keyframes.decode(self._codes(ids), KeyframeSettings.of(settings, settings.size), noise)
         return ImageResult(ids=tuple(ids), latents=latents, image=image)
 
@@ -175,15 +177,11 @@ class Pipeline:
         last_frame: np.ndarray | None = None
         for index in range(settings.clips):
             picture_given = index == 0 and settings.image is not None
-            if picture_given:
-                image_ids = self._picture_ids(settings.image, noise)[1:]
-            else:
-                image_ids = self._write_image(sequence, settings, noise, reserve)
-            # A control id in the user's own words is lost here too, as in the reference (quirk 10).
-            sequence = strip_pad([*sequence, self._vocabulary.image_start, *image_ids])
-            motion_codes = self._write_motion(sequence, settings, noise, reserve)
+            given = self._picture_ids(settings.image, noise)[1:] if picture_given else None
+            tries = (self._write_clip(sequence, given, settings, noise, reserve) for _ in range(settings.candidates))
+            image_ids, motion_codes = best(tries, lambda clip: self._likelihood(settings, *clip))
             motion_span = self._vocabulary.motion_span(motion_codes)
-            sequence = [*sequence, *motion_span]
+            sequence = [*self._with_image(sequence, image_ids), *motion_span]
             if picture_given:
                 keyframe = settings.image
             else:
@@ -316,6 +314,31 @@ class Pipeline:
             if motion_codes is not None:
                 parts.append(self._embed([vocabulary.motion_span(motion_codes[index])], UNDERSTAND)[0])
         return np.concatenate(parts)
+
+    def _write_clip(
+        self, sequence: list[int], image_ids: list[int] | None, settings: Resolved, noise: Noise, reserve: int
+    ) -> tuple[list[int], np.ndarray]:
+        """Image ids up to image_end, written unless they are given, and the motion codes [K] that follow."""
+        if image_ids is None:
+            image_ids = self._write_image(sequence, settings, noise, reserve)
+        return image_ids, self._write_motion(self._with_image(sequence, image_ids), settings, noise, reserve)
+
+    def _with_image(self, sequence: list[int], image_ids: list[int]) -> list[int]:
+        # A control id in the user's own words is lost here too, as in the reference (quirk 10).
+        return strip_pad([*sequence, self._vocabulary.image_start, *image_ids])
+
+    def _likelihood(self, settings: Resolved, image_ids: list[int], motion_codes: np.ndarray | None = None) -> float:
+        """How likely the language model is to say the prompt of a picture, or of a clip."""
+        if not len(self._vocabulary.visual_codes_of(image_ids)):
+            return -np.inf
+        seen = self._with_image([], image_ids)
+        if motion_codes is not None:
+            seen += self._vocabulary.motion_span(motion_codes)
+        context = Context() if self._context is None else self._context
+        with self._watch.stage("choosing"):
+            return prompt_likelihood(
+                self._engines.language_model(GENERATE), self._embed, context, seen, self._prompt_ids(settings.prompt)
+            )
 
     def _write_image(self, sequence: list[int], settings: Resolved, noise: Noise, reserve: int = 0) -> list[int]:
         """Image ids that follow `sequence`, up to and including image_end; every id 2 removed (quirk 10)."""

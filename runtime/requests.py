@@ -24,7 +24,12 @@ Resolved = Any  # a request with every field set, which the type of its optional
 
 @dataclass(frozen=True, kw_only=True)
 class ImageRequest:
-    """Text, a picture, or both -> one picture (reference semantics §12.1, §12.6)."""
+    """Text, a picture, or both -> one picture (reference semantics §12.1, §12.6).
+
+    Attributes:
+        candidates: tries of which the one is kept that the prompt is likeliest to be said of. One where there is no
+            prompt, or where `greedy` would make them all the same.
+    """
 
     prompt: str | None = None
     image: np.ndarray | None = None  # [H, W, 3] uint8
@@ -37,6 +42,7 @@ class ImageRequest:
     top_p: float | None = None
     max_image_tokens: int | None = None
     min_image_tokens: int | None = None
+    candidates: int | None = None
     keyframe_sampler: str | None = None
     keyframe_spacing: str | None = None
     image_guidance_interval: tuple[float, float] | None = None
@@ -48,7 +54,7 @@ class VideoRequest:
     """Text, a picture, or both -> `clips` clips (§12.2, §12.3, §12.4).
 
     `sampled_motion` None follows the reference: greedy from text alone, sampled when a picture is given.
-    `greedy` takes the arg-max everywhere.
+    `greedy` takes the arg-max everywhere. `candidates`: as for pictures, tries of each clip's key frame and motion.
     """
 
     prompt: str | None = None
@@ -67,6 +73,7 @@ class VideoRequest:
     top_p: float | None = None
     max_image_tokens: int | None = None
     min_image_tokens: int | None = None
+    candidates: int | None = None
     inverse_rate: float | None = None
     noise_augmentation: float | None = None
     motion_bucket: int | None = None
@@ -172,6 +179,8 @@ def resolve(request: Request, geometry: Geometry, defaults: TaskDefaults) -> Res
             values["keyframe_size"] = geometry.keyframe_size
         elif field.name == "video_guidance" and reconstruction:
             values["video_guidance"] = defaults.reconstruction_guidance
+        elif field.name == "candidates" and (request.prompt is None or request.greedy):  # type: ignore[union-attr]
+            values["candidates"] = 1
         elif field.name == "sampled_motion":
             values["sampled_motion"] = getattr(request, "image", None) is not None
         elif hasattr(defaults, field.name):
@@ -202,6 +211,7 @@ _LIMITS: dict[str, tuple[float, float]] = {
     "top_k": (0, 1_000_000),
     "top_p": (0.0001, 1),
     "max_image_tokens": (1, 4096),
+    "candidates": (1, 1000),
     "max_answer_tokens": (1, 4096),
     "inverse_rate": (0, 0.99),
     "noise_augmentation": (0, 10),
@@ -228,6 +238,13 @@ def _check(request: Request, geometry: Geometry) -> None:
     prompt = getattr(request, "prompt", None)
     if prompt is not None and not prompt.strip():
         raise UsageError('PROMPT is empty: say what to generate, for example "a red circle moving right"')
+    if (candidates := getattr(request, "candidates", None)) is not None and candidates > 1:
+        if prompt is None:
+            raise UsageError(
+                f"--candidates {candidates}: the prompt tells which is best; give a PROMPT, or leave it out"
+            )
+        if request.greedy:  # type: ignore[union-attr]
+            raise UsageError(f"--candidates {candidates}: with --greedy all are the same; leave one of the two out")
     if isinstance(request, AnswerRequest) and not request.question.strip():
         raise UsageError('QUESTION is empty: ask something, for example "what moves?"')
     if (

@@ -152,6 +152,11 @@ def sampling_options(function: F) -> F:
     return function
 
 
+candidates_option = click.option(
+    "--candidates",
+    type=int,
+    help="Write it so many times and keep the one that PROMPT is likeliest to be said of. [default: the model's]",
+)
 seed_option = click.option(
     "--seed", type=click.IntRange(0, 2**63 - 1), help="Seed of all randomness. [default: random, printed]"
 )

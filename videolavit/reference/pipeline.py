@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from runtime.candidates import best
 from runtime.errors import MediaError
 from runtime.geometry import VAE_FACTOR
 from runtime.images import resize_image, to_signed, to_uint8, tokenizer_pixels
@@ -80,7 +81,8 @@ class Reference:
         prompt = [] if settings.prompt is None else self.tokenizer.encode(settings.prompt)
         if settings.image is not None:
             prompt += self.picture_ids(settings.image, noise)
-        ids = self.write_image_ids(prompt, settings, noise)
+        tries = (self.write_image_ids(prompt, settings, noise) for _ in range(settings.candidates))
+        ids = best(tries, lambda ids: self.likelihood(settings, ids))
         latents, image = self.decode_keyframe(ids, settings.size, settings, noise)
         return ImageResult(ids=tuple(ids), latents=latents, image=image)
 
@@ -91,13 +93,12 @@ class Reference:
         sequence = [] if settings.prompt is None else self.tokenizer.encode(settings.prompt)
         before: ClipResult | None = None
         for index in range(settings.clips):
+            given: list[int] | None = None
             if before is None and settings.image is not None:
-                image_ids = [*self.picture_ids(settings.image, noise), vocabulary.image_end]
-            else:
-                image_ids = self.write_image_ids(sequence, settings, noise)
-            sequence = _without_eos([*sequence, vocabulary.image_start, *image_ids])
-            motion_ids = self.write_motion_ids(sequence, settings, noise)
-            sequence = [*sequence, vocabulary.motion_start, *motion_ids, vocabulary.motion_end]
+                given = [*self.picture_ids(settings.image, noise), vocabulary.image_end]
+            tries = (self.write_clip_ids(sequence, given, settings, noise) for _ in range(settings.candidates))
+            image_ids, motion_ids = best(tries, lambda clip: self.likelihood(settings, *clip))
+            sequence = self.after(sequence, image_ids, motion_ids)
             if before is not None:
                 level = int(settings.inverse_rate * settings.keyframe_steps)
                 start = self.noise_last_frame(before.frames[-1], level, settings, noise)
@@ -178,6 +179,30 @@ class Reference:
         """uint8 pictures -> input of the visual tokenizer [B, 3, S, S] (§11.5)."""
         side = self.config.geometry.image_size
         return self.tensor(np.stack([tokenizer_pixels(picture, side) for picture in pictures]))
+
+    def write_clip_ids(
+        self, prompt: list[int], image_ids: list[int] | None, settings: Resolved, noise: Noise
+    ) -> tuple[list[int], list[int]]:
+        """Image ids after `prompt`, written unless they are given, and the motion ids that follow."""
+        if image_ids is None:
+            image_ids = self.write_image_ids(prompt, settings, noise)
+        return image_ids, self.write_motion_ids(self.after(prompt, image_ids), settings, noise)
+
+    def after(self, prompt: list[int], image_ids: list[int], motion_ids: list[int] | None = None) -> list[int]:
+        """Ids of `prompt` and a picture or a clip, with the latter's markers."""
+        vocabulary = self.config.vocabulary
+        ids = _without_eos([*prompt, vocabulary.image_start, *image_ids])
+        return ids if motion_ids is None else [*ids, vocabulary.motion_start, *motion_ids, vocabulary.motion_end]
+
+    @torch.inference_mode()
+    def likelihood(self, settings: Resolved, image_ids: list[int], motion_ids: list[int] | None = None) -> float:
+        """Log-probability of the prompt and its end after a picture or a clip (`runtime.candidates`)."""
+        if not len(self.config.vocabulary.visual_codes_of(image_ids)):
+            return -np.inf
+        seen, said = self.after([], image_ids, motion_ids), [*self.tokenizer.encode(settings.prompt), EOS]
+        ids = torch.tensor([[*seen, *said]], device=self._device)  # [1, L]
+        scores = self.module("language_model")(input_ids=ids[:, :-1], use_cache=False).logits[0, -len(said) :].double()
+        return float(scores.log_softmax(dim=-1).gather(1, ids[0, -len(said) :, None]).sum())
 
     def write_image_ids(self, prompt: list[int], settings: Resolved, noise: Noise) -> list[int]:
         """Image ids after `prompt`, image_end included when it was written (§10.2)."""

@@ -1,0 +1,128 @@
+"""Several tries of which one is kept: which one, and that the runtime judges them as torch does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from runtime.candidates import best
+from runtime.errors import UsageError
+from runtime.noise import Noise
+from runtime.pipeline import Pipeline
+from runtime.recipe import command_line, make_recipe
+from runtime.requests import ImageRequest, VideoRequest, resolve
+from runtime.settings import TaskDefaults
+from runtime.tokenizers import TextTokenizer
+from videolavit.checkpoints import load
+from videolavit.reference.pipeline import Reference
+
+PROMPT = "a red circle moving right"
+FRAME = np.zeros((128, 128, 3), np.uint8)
+VIDEO = VideoRequest(prompt=PROMPT, candidates=4, sampled_motion=True)
+IMAGE = ImageRequest(prompt=PROMPT, candidates=4)
+
+
+@pytest.fixture(scope="module")
+def pipeline(tiny_bundle: Path) -> Iterator[Pipeline]:
+    """All of the pipeline but its diffusion."""
+    with Pipeline(tiny_bundle, threads=1) as opened:
+        whole: Any = opened
+        whole._keyframes = SimpleNamespace(decode=lambda *given: (None, FRAME))
+        whole._videos = SimpleNamespace(decode=lambda *given: (None, FRAME[None]))
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_checkpoint: Path, pipeline: Pipeline) -> Reference:
+    checkpoint = load(tiny_checkpoint)
+    tokenizer = TextTokenizer(pipeline.bundle.file(pipeline.manifest.tokenizer))
+    made: Any = Reference(checkpoint, checkpoint.config, tokenizer)
+    made.decode_keyframe = lambda *given: (None, FRAME)
+    made.decode_clip = lambda *given: (None, FRAME[None])
+    return made
+
+
+@given(st.lists(st.integers(-3, 3), min_size=1))
+def test_the_first_of_the_likeliest_is_kept(likelihoods: list[int]) -> None:
+    place, _ = best(enumerate(likelihoods), lambda one: one[1])
+    assert place == likelihoods.index(max(likelihoods))
+
+
+def test_a_single_try_is_not_judged() -> None:
+    assert best(["only"], lambda one: pytest.fail("was judged")) == "only"
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_runtime_finds_a_clip_as_likely_as_torch_does(pipeline: Pipeline, reference: Reference, seed: int) -> None:
+    vocabulary, rng = pipeline.manifest.vocabulary, np.random.default_rng(seed)
+    image = [*rng.integers(vocabulary.first_visual, vocabulary.motion_start, 5).tolist(), vocabulary.image_end]
+    codes = rng.integers(0, vocabulary.motion_codes, pipeline.manifest.geometry.motion_tokens)
+    settings = resolve(VIDEO, pipeline.manifest.geometry, pipeline.manifest.defaults)
+    for given_codes, ids in ((None, None), (codes, (codes + vocabulary.first_motion).tolist())):
+        ours = pipeline._likelihood(settings, image, given_codes)
+        assert ours == pytest.approx(reference.likelihood(settings, image, ids), abs=1e-3)
+        assert ours < 0
+
+
+def test_a_try_without_a_picture_is_never_preferred(pipeline: Pipeline) -> None:
+    settings = resolve(VIDEO, pipeline.manifest.geometry, pipeline.manifest.defaults)
+    assert pipeline._likelihood(settings, [pipeline.manifest.vocabulary.image_end]) == -np.inf
+
+
+def test_the_clip_that_is_kept_is_the_likeliest_of_those_written(pipeline: Pipeline) -> None:
+    settings = resolve(VIDEO, pipeline.manifest.geometry, pipeline.manifest.defaults)
+    noise, prompt = Noise(5), pipeline._prompt_ids(PROMPT)
+    tries = [pipeline._write_clip(prompt, None, settings, noise, 0) for _ in range(settings.candidates)]
+    likelihoods = [pipeline._likelihood(settings, *clip) for clip in tries]
+    assert len(set(likelihoods)) > 1  # they differ, or the choice would mean nothing
+    image_ids, codes = tries[int(np.argmax(likelihoods))]
+    (kept,) = pipeline.generate_video(VIDEO, Noise(5))
+    assert kept.image_ids == tuple(image_ids)
+    assert pipeline.manifest.vocabulary.motion_codes_of(kept.motion_ids, len(codes)).tolist() == codes.tolist()
+
+
+def test_torch_keeps_the_same(pipeline: Pipeline, reference: Reference) -> None:
+    (ours,), (theirs,) = (made.generate_video(VIDEO, Noise(6)) for made in (pipeline, reference))
+    assert (ours.image_ids, ours.motion_ids) == (theirs.image_ids, theirs.motion_ids)
+    pictures = [made.generate_image(IMAGE, Noise(7)).ids for made in (pipeline, reference)]
+    assert pictures[0] == pictures[1]
+
+
+def test_candidates_of_a_picture_that_was_given_differ_in_motion_alone(pipeline: Pipeline) -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    made = [
+        next(iter(pipeline.generate_video(VideoRequest(prompt=PROMPT, image=picture, candidates=count), Noise(8))))
+        for count in (1, 6)
+    ]
+    assert made[0].image_ids == made[1].image_ids
+    assert made[0].motion_ids != made[1].motion_ids
+
+
+@pytest.mark.parametrize("request_", [VideoRequest, ImageRequest])
+def test_one_try_where_more_would_be_for_nothing(pipeline: Pipeline, request_: Any) -> None:
+    geometry, defaults = pipeline.manifest.geometry, TaskDefaults(candidates=8)
+
+    def candidates(**given: Any) -> int:
+        return resolve(request_(**given), geometry, defaults).candidates
+
+    assert candidates(prompt=PROMPT) == 8
+    assert candidates(prompt=PROMPT, greedy=True) == candidates(image=FRAME) == 1
+    with pytest.raises(UsageError, match="--candidates 3: the prompt tells which is best"):
+        candidates(image=FRAME, candidates=3)
+    with pytest.raises(UsageError, match="--candidates 3: with --greedy all are the same"):
+        candidates(prompt=PROMPT, greedy=True, candidates=3)
+    with pytest.raises(UsageError, match="--candidates 0: must be from 1"):
+        candidates(prompt=PROMPT, candidates=0)
+
+
+def test_a_recipe_tells_how_many_there_were(pipeline: Pipeline) -> None:
+    settings = resolve(VIDEO, pipeline.manifest.geometry, pipeline.manifest.defaults)
+    recipe = make_recipe("generate", pipeline.bundle, settings, 3, {})
+    assert "--candidates 4" in command_line(recipe, Path("out.mp4"))
