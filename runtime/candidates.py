@@ -1,14 +1,13 @@
-"""The best of several tries, chosen by the language model that wrote them.
+"""How likely the language model is to say a prompt of what it has written: the best of several tries is chosen by it.
 
-Contract: what is written from a prompt is judged by how likely the model would write the prompt after it. A model that
-was trained in both orders, text before pictures and after them (training notes of the specification), can do both, and
-the second is the easier: which of two shapes goes which way is sooner read than drawn. Weights of the tries' own
-likelihood are not added. A try without a single visual token is never preferred to one that has some.
+Contract: text, the same for all rows, is read after pictures or clips, which stand at position 0. A model that was
+trained in both orders, text before pictures and after them (training notes of the specification), can do both, and the
+second is the easier: which of two shapes goes which way is sooner read than drawn.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -24,29 +23,28 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def best(tries: Iterable[T], likelihood: Callable[[T], float]) -> T:
-    """The likeliest of `tries`, the first among equals; at least one is needed. A single one is not judged."""
-    first, *others = tries
-    if not others:
-        return first
-    return max([first, *others], key=likelihood)
+def batched(items: Sequence[T], most: int | None) -> Iterator[Sequence[T]]:
+    """`items` in runs of at most `most`, but of one at least; None: all at once."""
+    size = len(items) if most is None else max(1, most)
+    return (items[start : start + size] for start in range(0, len(items), size))
 
 
-def prompt_likelihood(
-    engine: LanguageModelEngine, embed: Embed, context: Context, seen: Sequence[int], prompt: Sequence[int]
-) -> float:
-    """Log-probability, in nats, of the text `prompt` and its end after `seen`, which stands at position 0.
+def prompt_likelihoods(
+    engine: LanguageModelEngine, embed: Embed, context: Context, seen: Sequence[Sequence[int]], prompt: Sequence[int]
+) -> np.ndarray:
+    """Log-probability, in nats, of the text `prompt` and its end after each of `seen`: [B] float64.
 
     Args:
         embed: ids [B, S] int64 -> embeddings [B, S, D].
-        context: of the engine; holds the row that was judged afterwards.
-        seen: ids of a picture or a clip with their markers.
+        context: of the engine; holds the rows that were judged afterwards.
+        seen: ids of a picture or a clip with their markers, B of them.
         prompt: text ids without begin or end.
     """
-    total = 0.0
-    logits = context.read(engine, [embed(np.array([seen]))[0]], len(seen) + len(prompt), len(seen) + len(prompt))
+    capacity = max(map(len, seen)) + len(prompt)
+    logits = context.read(engine, [embed(np.array([ids]))[0] for ids in seen], capacity, capacity)  # [B, V]
+    total = np.zeros(len(seen))
     for count, word in enumerate([*prompt, EOS], 1):
-        total += float(log_softmax(logits[0].astype(np.float64))[word])
+        total += log_softmax(logits.astype(np.float64))[:, word]
         if count <= len(prompt):
-            logits = context.append(engine, embed(np.array([[word]])))
+            logits = context.append(engine, embed(np.full((len(seen), 1), word)))
     return total

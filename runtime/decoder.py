@@ -20,7 +20,7 @@ import numpy as np
 from runtime import sampling
 from runtime.context import Context
 from runtime.errors import UsageError
-from runtime.noise import Noise
+from runtime.noise import Noise, Streams
 from runtime.vocabulary import EOS, Vocabulary
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def generate(
     options: DecodingOptions,
     *,
     max_positions: int,
-    noise: Noise | None = None,
+    noise: Noise | Streams | None = None,
     unconditional: Sequence[np.ndarray] | None = None,
     stop: Callable[[np.ndarray], bool] | None = None,
     context: Context | None = None,
@@ -215,7 +215,7 @@ def _processors(
     )
 
 
-def _sampler(options: DecodingOptions, noise: Noise | None) -> sampling.Sampler:
+def _sampler(options: DecodingOptions, noise: Noise | Streams | None) -> sampling.Sampler:
     if options.greedy:
         return sampling.Greedy()
     if noise is None:

@@ -47,9 +47,11 @@ class LanguageModelEngine(Protocol):
 
     Attributes:
         lengths: [B] int32 positions each row has in the cache.
+        most_rows: rows that a cache can have; None where any number is taken.
     """
 
     lengths: np.ndarray
+    most_rows: int | None
 
     def start(self, rows: int, capacity: int) -> None:
         """An empty cache for `rows` sequences of up to `capacity` positions. Raises UsageError beyond the model's."""

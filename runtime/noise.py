@@ -7,6 +7,8 @@ to rounding. A test, or the torch reference, may substitute any object with thes
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 
@@ -15,6 +17,15 @@ class Noise:
 
     def __init__(self, seed: int) -> None:
         self._generator = np.random.Generator(np.random.PCG64(seed))
+
+    def spawn(self, count: int) -> list[Noise]:
+        """New sources that depend on the seed and on how many were made before, and take nothing of this one."""
+        made = []
+        for generator in self._generator.spawn(count):
+            noise = Noise(0)
+            noise._generator = generator
+            made.append(noise)
+        return made
 
     def normal(self, *shape: int) -> np.ndarray:
         """Standard normal, float32, of `shape`."""
@@ -30,3 +41,15 @@ class Noise:
         cumulative = np.cumsum(probabilities, axis=-1, dtype=np.float64)
         draws = self._generator.random((len(probabilities), 1)) * cumulative[:, -1:]
         return np.asarray((cumulative <= draws).sum(axis=-1), dtype=np.int64)
+
+
+class Streams:
+    """Draws for several rows, each from a source of its own: a row's are the same whatever stands beside it."""
+
+    def __init__(self, sources: Sequence[Noise]) -> None:
+        self._sources = tuple(sources)
+
+    def choice(self, probabilities: np.ndarray) -> np.ndarray:
+        """One index per row of `probabilities` [B, N], of which there are as many as sources: [B] int64."""
+        rows = zip(self._sources, probabilities, strict=True)
+        return np.concatenate([source.choice(row[None]) for source, row in rows])

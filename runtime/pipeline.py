@@ -16,15 +16,25 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from runtime import positions, prompts
 from runtime.bundle import Bundle
-from runtime.candidates import best, prompt_likelihood
+from runtime.candidates import batched, prompt_likelihoods
 from runtime.context import Context
-from runtime.decoder import DecodingOptions, Phase, generate, image_phase, motion_phase, strip_pad, text_phase
+from runtime.decoder import (
+    DecodingOptions,
+    Phase,
+    Step,
+    collect,
+    generate,
+    image_phase,
+    motion_phase,
+    strip_pad,
+    text_phase,
+)
 from runtime.detokenizers import (
     KeyframeDetokenizer,
     KeyframeSettings,
@@ -40,7 +50,7 @@ from runtime.images import resize_image
 from runtime.media_tokens import MotionTokenizer, VisualTokenizer
 from runtime.memory import peak_rss
 from runtime.motion.grid import TOKENIZER_SCALE, model_motion
-from runtime.noise import Noise
+from runtime.noise import Noise, Streams
 from runtime.progress import Observer, Progress, Stopwatch, ignore
 from runtime.requests import (
     AnswerRequest,
@@ -60,6 +70,8 @@ from runtime.tokenizers import TextTokenizer
 
 GENERATE = "generate"
 UNDERSTAND = "understanding"
+Written = tuple[list[int], Any]  # image ids up to image_end, and motion codes [K] or None
+
 QUESTION_ROOM = 128  # positions left free for questions longer than the first about the same media
 
 
@@ -157,8 +169,7 @@ class Pipeline:
         if settings.image is not None:
             # Here, and only here, a picture stands in the prompt without its markers (§12.6).
             sequence += self._picture_ids(settings.image, noise)[1:-1]
-        tries = (self._write_image(sequence, settings, noise) for _ in range(settings.candidates))
-        ids = best(tries, lambda ids: self._likelihood(settings, ids))
+        ids, _ = self._best(settings, [(ids, None) for ids in self._write_images(sequence, settings, noise)])
         latents, image = self._keyframes.decode(self._codes(ids), KeyframeSettings.of(settings, settings.size), noise)
         return ImageResult(ids=tuple(ids), latents=latents, image=image)
 
@@ -178,8 +189,8 @@ class Pipeline:
         for index in range(settings.clips):
             picture_given = index == 0 and settings.image is not None
             given = self._picture_ids(settings.image, noise)[1:] if picture_given else None
-            tries = (self._write_clip(sequence, given, settings, noise, reserve) for _ in range(settings.candidates))
-            image_ids, motion_codes = best(tries, lambda clip: self._likelihood(settings, *clip))
+            candidates = self._write_clips(sequence, given, settings, noise, reserve)
+            image_ids, motion_codes = self._best(settings, candidates)
             motion_span = self._vocabulary.motion_span(motion_codes)
             sequence = [*self._with_image(sequence, image_ids), *motion_span]
             if picture_given:
@@ -274,7 +285,8 @@ class Pipeline:
             phase = text_phase(self._vocabulary)
             context = np.concatenate(parts)
             reserve = len(context) + options.max_new + QUESTION_ROOM
-            ids = list(self._tokens(context, phase, options, noise, "answer", UNDERSTAND, self._answered, reserve))
+            steps = self._steps([context], phase, options, noise, "answer", UNDERSTAND, self._answered, reserve)
+            ids = collect(steps)[0].tolist()
         return AnswerResult(ids=tuple(ids), text=prompts.answer_text(self._text.decode(ids)))
 
     # --- language model --------------------------------------------------------------------------------------
@@ -315,34 +327,11 @@ class Pipeline:
                 parts.append(self._embed([vocabulary.motion_span(motion_codes[index])], UNDERSTAND)[0])
         return np.concatenate(parts)
 
-    def _write_clip(
-        self, sequence: list[int], image_ids: list[int] | None, settings: Resolved, noise: Noise, reserve: int
-    ) -> tuple[list[int], np.ndarray]:
-        """Image ids up to image_end, written unless they are given, and the motion codes [K] that follow."""
-        if image_ids is None:
-            image_ids = self._write_image(sequence, settings, noise, reserve)
-        return image_ids, self._write_motion(self._with_image(sequence, image_ids), settings, noise, reserve)
+    def _write_images(self, sequence: list[int], settings: Resolved, noise: Noise, reserve: int = 0) -> list[list[int]]:
+        """Image ids that follow `sequence`, up to and including image_end; every id 2 removed (quirk 10).
 
-    def _with_image(self, sequence: list[int], image_ids: list[int]) -> list[int]:
-        # A control id in the user's own words is lost here too, as in the reference (quirk 10).
-        return strip_pad([*sequence, self._vocabulary.image_start, *image_ids])
-
-    def _likelihood(self, settings: Resolved, image_ids: list[int], motion_codes: np.ndarray | None = None) -> float:
-        """How likely the language model is to say the prompt of a picture, or of a clip."""
-        if not len(self._vocabulary.visual_codes_of(image_ids)):
-            return -np.inf
-        seen = self._with_image([], image_ids)
-        if motion_codes is not None:
-            seen += self._vocabulary.motion_span(motion_codes)
-        context = Context() if self._context is None else self._context
-        with self._watch.stage("choosing"):
-            return prompt_likelihood(
-                self._engines.language_model(GENERATE), self._embed, context, seen, self._prompt_ids(settings.prompt)
-            )
-
-    def _write_image(self, sequence: list[int], settings: Resolved, noise: Noise, reserve: int = 0) -> list[int]:
-        """Image ids that follow `sequence`, up to and including image_end; every id 2 removed (quirk 10)."""
-        phase = image_phase(self._vocabulary)
+        As many times as there are candidates.
+        """
         most = settings.max_image_tokens
         options = DecodingOptions(
             max_new=most,
@@ -353,13 +342,14 @@ class Pipeline:
             top_p=settings.top_p,
             greedy=settings.greedy,
         )
-        with self._watch.stage("image tokens"):
-            context = self._embed([sequence])[0]
-            return strip_pad(self._tokens(context, phase, options, noise, "image tokens", reserve=reserve))
+        sequences = [sequence] * settings.candidates
+        phase = image_phase(self._vocabulary)
+        return [strip_pad(ids) for ids in self._write(sequences, phase, options, noise, "image tokens", reserve)]
 
-    def _write_motion(self, sequence: list[int], settings: Resolved, noise: Noise, reserve: int) -> np.ndarray:
-        """Motion codes [K] that follow `sequence`: exactly as many as the geometry asks for."""
-        phase = motion_phase(self._vocabulary)
+    def _write_motions(
+        self, sequences: Sequence[list[int]], settings: Resolved, noise: Noise, reserve: int
+    ) -> list[np.ndarray]:
+        """Motion codes [K] that follow each of `sequences`: exactly as many as the geometry asks for."""
         count = self._geometry.motion_tokens
         options = DecodingOptions(
             max_new=count,
@@ -371,30 +361,86 @@ class Pipeline:
             greedy=settings.greedy or not settings.sampled_motion,
             exact=count,
         )
-        with self._watch.stage("motion tokens"):
-            context = self._embed([sequence])[0]
-            ids = list(self._tokens(context, phase, options, noise, "motion tokens", reserve=reserve))
-        return self._vocabulary.motion_codes_of(ids, count)
+        written = self._write(sequences, motion_phase(self._vocabulary), options, noise, "motion tokens", reserve)
+        return [self._vocabulary.motion_codes_of(ids, count) for ids in written]
 
-    def _tokens(
+    def _write_clips(
+        self, sequence: list[int], image_ids: list[int] | None, settings: Resolved, noise: Noise, reserve: int
+    ) -> list[Written]:
+        """The candidates for a clip after `sequence`; their image ids are written unless they are given."""
+        if image_ids is None:
+            images = self._write_images(sequence, settings, noise, reserve)
+        else:
+            images = [image_ids] * settings.candidates
+        sequences = [self._with_image(sequence, ids) for ids in images]
+        return list(zip(images, self._write_motions(sequences, settings, noise, reserve), strict=True))
+
+    def _with_image(self, sequence: list[int], image_ids: list[int]) -> list[int]:
+        # A control id in the user's own words is lost here too, as in the reference (quirk 10).
+        return strip_pad([*sequence, self._vocabulary.image_start, *image_ids])
+
+    def _best(self, settings: Resolved, candidates: Sequence[Written]) -> Written:
+        """The candidate that the prompt is likeliest to be said of; the first of equals."""
+        if len(candidates) == 1:
+            return candidates[0]
+        return candidates[int(np.argmax(self._likelihoods(settings, candidates)))]
+
+    def _likelihoods(self, settings: Resolved, candidates: Sequence[Written]) -> np.ndarray:
+        """How likely the prompt is after each candidate, [N]; minus infinity without a visual token."""
+        seen = [
+            [*self._with_image([], ids), *([] if codes is None else self._vocabulary.motion_span(codes))]
+            for ids, codes in candidates
+        ]
+        prompt = self._prompt_ids(settings.prompt)
+        context = Context() if self._context is None else self._context
+        with self._watch.stage("choosing"):
+            engine = self._engines.language_model(GENERATE)
+            parts = batched(seen, engine.most_rows)
+            found = [prompt_likelihoods(engine, self._embed, context, part, prompt) for part in parts]
+        shown = [len(self._vocabulary.visual_codes_of(ids)) > 0 for ids, _ in candidates]
+        return np.where(shown, np.concatenate(found), -np.inf)
+
+    def _write(
         self,
-        context: np.ndarray,
+        sequences: Sequence[list[int]],
         phase: Phase,
         options: DecodingOptions,
         noise: Noise,
         stage: str,
+        reserve: int,
+    ) -> list[list[int]]:
+        """What follows each of `sequences`, with pads after its end; several have noise of their own each."""
+        sources = [noise] if len(sequences) == 1 else noise.spawn(len(sequences))
+        rows: list[list[int]] = []
+        with self._watch.stage(stage):
+            most = self._engines.language_model(GENERATE).most_rows
+            if most is not None and options.guidance != 1:
+                most //= 2  # each has an unconditional row beside it
+            for part in batched(list(zip(sequences, sources, strict=True)), most):
+                contexts = [self._embed([sequence])[0] for sequence, _ in part]
+                streams = Streams([source for _, source in part])
+                rows += collect(self._steps(contexts, phase, options, streams, stage, reserve=reserve)).tolist()
+        return rows
+
+    def _steps(
+        self,
+        contexts: Sequence[np.ndarray],
+        phase: Phase,
+        options: DecodingOptions,
+        noise: Noise | Streams,
+        stage: str,
         task: str = GENERATE,
         stop: Callable[[np.ndarray], bool] | None = None,
         reserve: int = 0,
-    ) -> Iterator[int]:
-        """Tokens that follow the embeddings `context` [L, D], one at a time.
+    ) -> Iterator[Step]:
+        """Tokens that follow the embeddings `contexts`, [L, D] each, one a row at a time.
 
-        `stop` is told all ids so far; `reserve` is how many positions the request may come to.
+        `stop` is told all ids of a row so far; `reserve` is how many positions the request may come to.
         """
         steps = generate(
             self._engines.language_model(task),
             lambda ids: self._embed(ids, task),
-            [context],
+            contexts,
             phase,
             options,
             max_positions=self.manifest.language_model.max_positions,
@@ -406,7 +452,7 @@ class Pipeline:
         for count, step in enumerate(steps, 1):
             self._watch.reach("first token")
             self._observer(Progress(stage, count, options.exact))
-            yield int(step.tokens[0])
+            yield step
 
     # --- settings --------------------------------------------------------------------------------------------
 

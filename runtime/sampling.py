@@ -16,7 +16,7 @@ from functools import cached_property
 import numpy as np
 
 from runtime.errors import UsageError
-from runtime.noise import Noise
+from runtime.noise import Noise, Streams
 
 Processor = Callable[[np.ndarray, np.ndarray], np.ndarray]
 Sampler = Callable[[np.ndarray], np.ndarray]
@@ -148,7 +148,7 @@ class Greedy:
 class Multinomial:
     """A draw from the softmax of the scores."""
 
-    noise: Noise
+    noise: Noise | Streams
 
     def __call__(self, scores: np.ndarray) -> np.ndarray:
         return self.noise.choice(softmax(scores))

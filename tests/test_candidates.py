@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.candidates import best
+from runtime.candidates import batched
 from runtime.errors import UsageError
-from runtime.noise import Noise
+from runtime.noise import Noise, Streams
 from runtime.pipeline import Pipeline
 from runtime.recipe import command_line, make_recipe
 from runtime.requests import ImageRequest, VideoRequest, resolve
@@ -49,14 +49,23 @@ def reference(tiny_checkpoint: Path, pipeline: Pipeline) -> Reference:
     return made
 
 
-@given(st.lists(st.integers(-3, 3), min_size=1))
-def test_the_first_of_the_likeliest_is_kept(likelihoods: list[int]) -> None:
-    place, _ = best(enumerate(likelihoods), lambda one: one[1])
-    assert place == likelihoods.index(max(likelihoods))
+@given(st.lists(st.integers()), st.none() | st.integers(-2, 9))
+def test_batches_hold_everything_in_order(items: list[int], most: int | None) -> None:
+    parts = list(batched(items, most)) if items else []
+    assert [item for part in parts for item in part] == items
+    assert all(0 < len(part) <= max(1, most or len(items)) for part in parts)
 
 
-def test_a_single_try_is_not_judged() -> None:
-    assert best(["only"], lambda one: pytest.fail("was judged")) == "only"
+def test_a_source_draws_the_same_whatever_stands_beside_it() -> None:
+    probabilities = np.random.default_rng(0).dirichlet(np.ones(9), size=(50, 3))  # [draws, rows, N]
+    together = Streams(Noise(1).spawn(3))
+    drawn = np.stack([together.choice(rows) for rows in probabilities])  # [draws, rows]
+    alone = Noise(1).spawn(3)[1]
+    assert drawn[:, 1].tolist() == [int(alone.choice(rows[1:2])[0]) for rows in probabilities]
+    assert len({tuple(column) for column in drawn.T}) == 3
+    untouched, spawned = Noise(2), Noise(2)
+    spawned.spawn(4)
+    assert np.array_equal(untouched.normal(5), spawned.normal(5))
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -66,23 +75,29 @@ def test_the_runtime_finds_a_clip_as_likely_as_torch_does(pipeline: Pipeline, re
     codes = rng.integers(0, vocabulary.motion_codes, pipeline.manifest.geometry.motion_tokens)
     settings = resolve(VIDEO, pipeline.manifest.geometry, pipeline.manifest.defaults)
     for given_codes, ids in ((None, None), (codes, (codes + vocabulary.first_motion).tolist())):
-        ours = pipeline._likelihood(settings, image, given_codes)
+        (ours,) = pipeline._likelihoods(settings, [(image, given_codes)])
         assert ours == pytest.approx(reference.likelihood(settings, image, ids), abs=1e-3)
         assert ours < 0
 
 
 def test_a_try_without_a_picture_is_never_preferred(pipeline: Pipeline) -> None:
     settings = resolve(VIDEO, pipeline.manifest.geometry, pipeline.manifest.defaults)
-    assert pipeline._likelihood(settings, [pipeline.manifest.vocabulary.image_end]) == -np.inf
+    vocabulary = pipeline.manifest.vocabulary
+    empty, shown = [vocabulary.image_end], [vocabulary.first_visual, vocabulary.image_end]
+    assert np.isneginf(pipeline._likelihoods(settings, [(empty, None), (shown, None)])).tolist() == [True, False]
 
 
-def test_the_clip_that_is_kept_is_the_likeliest_of_those_written(pipeline: Pipeline) -> None:
+@pytest.mark.parametrize("most_rows", [None, 2, 1])
+def test_the_clip_that_is_kept_is_the_likeliest_of_those_written(
+    pipeline: Pipeline, most_rows: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings = resolve(VIDEO, pipeline.manifest.geometry, pipeline.manifest.defaults)
-    noise, prompt = Noise(5), pipeline._prompt_ids(PROMPT)
-    tries = [pipeline._write_clip(prompt, None, settings, noise, 0) for _ in range(settings.candidates)]
-    likelihoods = [pipeline._likelihood(settings, *clip) for clip in tries]
-    assert len(set(likelihoods)) > 1  # they differ, or the choice would mean nothing
+    tries = pipeline._write_clips(pipeline._prompt_ids(PROMPT), None, settings, Noise(5), 0)
+    likelihoods = pipeline._likelihoods(settings, tries)
+    assert len(tries) == 4 and len(set(likelihoods.tolist())) > 1  # they differ, or the choice would mean nothing
     image_ids, codes = tries[int(np.argmax(likelihoods))]
+    # An engine that takes fewer rows at once writes the same.
+    monkeypatch.setattr(pipeline._engines.language_model("generate"), "most_rows", most_rows)
     (kept,) = pipeline.generate_video(VIDEO, Noise(5))
     assert kept.image_ids == tuple(image_ids)
     assert pipeline.manifest.vocabulary.motion_codes_of(kept.motion_ids, len(codes)).tolist() == codes.tolist()

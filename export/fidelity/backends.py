@@ -148,6 +148,7 @@ class TorchLanguageModel:
         self._model = model
         self._rows: list[np.ndarray] = []  # [L_i, D] each
         self.lengths = np.zeros(0, np.int32)
+        self.most_rows: int | None = None
 
     def start(self, rows: int, capacity: int) -> None:
         self._rows = [np.zeros((0, self._model.config.hidden_size), np.float32) for _ in range(rows)]

@@ -291,6 +291,7 @@ class OnnxRuntimeLanguageModel:
         self._step: _Step | None = None
         self._capacity = 0
         self.lengths = np.zeros(0, np.int32)
+        self.most_rows: int | None = None
 
     def start(self, rows: int, capacity: int) -> None:
         """An empty cache of `rows` x `capacity` positions; the previous one is freed. Raises UsageError."""

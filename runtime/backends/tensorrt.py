@@ -206,6 +206,7 @@ class TensorRTLanguageModel:
         files = [self._plans[index], *self._weights]
         self._plan = Plan(self._backend, self._name, files, self._device, self._digests[index])
         self._opened = index
+        self.most_rows: int | None = self._plan.most("inputs_embeds", 0)
 
     def _free(self) -> None:
         for buffer in self._buffers.values():

@@ -175,6 +175,10 @@ class Plan:
         find = getattr(self._engine, "get_aliased_input_tensor", None)  # older libraries alias nothing
         return bool(find and find(output))
 
+    def most(self, name: str, axis: int) -> int:
+        """The largest size of an axis of an input that any profile takes."""
+        return max(ranges[name][1][axis] for ranges in self._ranges)
+
     def covering(self, shapes: Mapping[str, Shape]) -> int:
         """The first profile that has inputs of these shapes. Raises UsageError when none has."""
         for index, ranges in enumerate(self._ranges):

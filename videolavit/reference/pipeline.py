@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from runtime.candidates import best
 from runtime.errors import MediaError
 from runtime.geometry import VAE_FACTOR
 from runtime.images import resize_image, to_signed, to_uint8, tokenizer_pixels
@@ -81,8 +80,8 @@ class Reference:
         prompt = [] if settings.prompt is None else self.tokenizer.encode(settings.prompt)
         if settings.image is not None:
             prompt += self.picture_ids(settings.image, noise)
-        tries = (self.write_image_ids(prompt, settings, noise) for _ in range(settings.candidates))
-        ids = best(tries, lambda ids: self.likelihood(settings, ids))
+        images = [self.write_image_ids(prompt, settings, source) for source in _sources(settings, noise)]
+        ids = max(images, key=lambda ids: self.likelihood(settings, ids)) if len(images) > 1 else images[0]
         latents, image = self.decode_keyframe(ids, settings.size, settings, noise)
         return ImageResult(ids=tuple(ids), latents=latents, image=image)
 
@@ -96,8 +95,7 @@ class Reference:
             given: list[int] | None = None
             if before is None and settings.image is not None:
                 given = [*self.picture_ids(settings.image, noise), vocabulary.image_end]
-            tries = (self.write_clip_ids(sequence, given, settings, noise) for _ in range(settings.candidates))
-            image_ids, motion_ids = best(tries, lambda clip: self.likelihood(settings, *clip))
+            image_ids, motion_ids = self.write_clip_ids(sequence, given, settings, noise)
             sequence = self.after(sequence, image_ids, motion_ids)
             if before is not None:
                 level = int(settings.inverse_rate * settings.keyframe_steps)
@@ -183,10 +181,16 @@ class Reference:
     def write_clip_ids(
         self, prompt: list[int], image_ids: list[int] | None, settings: Resolved, noise: Noise
     ) -> tuple[list[int], list[int]]:
-        """Image ids after `prompt`, written unless they are given, and the motion ids that follow."""
+        """Image ids after `prompt`, written unless they are given, and the motion ids that follow: the best try's."""
         if image_ids is None:
-            image_ids = self.write_image_ids(prompt, settings, noise)
-        return image_ids, self.write_motion_ids(self.after(prompt, image_ids), settings, noise)
+            images = [self.write_image_ids(prompt, settings, source) for source in _sources(settings, noise)]
+        else:
+            images = [image_ids] * settings.candidates
+        tries = [
+            (ids, self.write_motion_ids(self.after(prompt, ids), settings, source))
+            for ids, source in zip(images, _sources(settings, noise), strict=True)
+        ]
+        return max(tries, key=lambda clip: self.likelihood(settings, *clip)) if len(tries) > 1 else tries[0]
 
     def after(self, prompt: list[int], image_ids: list[int], motion_ids: list[int] | None = None) -> list[int]:
         """Ids of `prompt` and a picture or a clip, with the latter's markers."""
@@ -401,6 +405,11 @@ def _latent_size(size: tuple[int, int]) -> tuple[int, int]:
 
 def _sampling(settings: Resolved) -> tuple[float, int, float] | None:
     return None if settings.greedy else (settings.temperature, settings.top_k, settings.top_p)
+
+
+def _sources(settings: Resolved, noise: Noise) -> list[Noise]:
+    """Noise for every candidate; that of a single one is `noise` itself."""
+    return [noise] if settings.candidates == 1 else noise.spawn(settings.candidates)
 
 
 def _without_eos(ids: list[int]) -> list[int]:

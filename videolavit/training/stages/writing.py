@@ -149,6 +149,7 @@ class TorchLanguageModel:
         self._model = model
         self._device = next(model.parameters()).device
         self.lengths = np.zeros(0, np.int32)
+        self.most_rows: int | None = None
         self.close()
 
     def embed(self, ids: np.ndarray) -> np.ndarray:
