@@ -18,6 +18,7 @@ from videolavit.shapes.scene import (
     Shape,
     is_held_out,
     sample_scene,
+    sample_twins,
 )
 
 __all__ = [
@@ -45,4 +46,5 @@ __all__ = [
     "render",
     "render_frame",
     "sample_scene",
+    "sample_twins",
 ]

@@ -33,6 +33,7 @@ _FIELDS_HELP = "Comma-separated: " + ", ".join(FIELDS) + f". [default: {','.join
     type=click.Choice(["1", "2"]),
     help="Shapes in every scene of the world of shapes. [default: 1 or 2, drawn]",
 )
+@click.option("--twins", is_flag=True, help="Scenes in pairs that differ in which of two shapes moves which way.")
 @click.option(
     "--clips", type=click.IntRange(1, 100), default=1, show_default=True, help="Most clips to take of a video."
 )
@@ -52,6 +53,7 @@ def tokenize(
     count: int | None,
     split: str,
     shapes: str | None,
+    twins: bool,
     clips: int,
     size: tuple[int, int] | None,
     seed: int,
@@ -72,7 +74,7 @@ def tokenize(
     from videolavit.training.data.tokenizing import Plan, tokenize
 
     plan = Plan(
-        data=data_settings(source, split, shapes),
+        data=data_settings(source, split, shapes, twins),
         checkpoint=checkpoint,
         fields=names,
         count=count,
@@ -104,9 +106,9 @@ def tokenize(
         report.result(text, folder=str(output), fields=list(names), **counts)
 
 
-def data_settings(source: str, split: str, shapes: str | None = None) -> DataSettings:
+def data_settings(source: str, split: str, shapes: str | None = None, twins: bool = False) -> DataSettings:
     """The source that a user names. Raises UsageError when there is nothing of that name."""
-    settings = {"source": source, "split": split, "shapes": None if shapes is None else int(shapes)}
+    settings = {"source": source, "split": split, "shapes": None if shapes is None else int(shapes), "twins": twins}
     if source in DRAWN:
         return msgspec.convert(settings, DataSettings)
     path = Path(source)
