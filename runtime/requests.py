@@ -53,7 +53,8 @@ class ImageRequest:
 class VideoRequest:
     """Text, a picture, or both -> `clips` clips (§12.2, §12.3, §12.4).
 
-    `sampled_motion` None follows the reference: greedy from text alone, sampled when a picture is given.
+    `sampled_motion` None follows the reference: greedy from text alone, sampled when a picture is given; and sampled
+    where there are several candidates, which it tells apart.
     `greedy` takes the arg-max everywhere. `candidates`: as for pictures, tries of each clip's key frame and motion.
     """
 
@@ -182,7 +183,8 @@ def resolve(request: Request, geometry: Geometry, defaults: TaskDefaults) -> Res
         elif field.name == "candidates" and (request.prompt is None or request.greedy):  # type: ignore[union-attr]
             values["candidates"] = 1
         elif field.name == "sampled_motion":
-            values["sampled_motion"] = getattr(request, "image", None) is not None
+            several = (values.get("candidates") or getattr(request, "candidates", None) or 1) > 1  # type: ignore[operator]
+            values["sampled_motion"] = several or getattr(request, "image", None) is not None
         elif hasattr(defaults, field.name):
             values[field.name] = getattr(defaults, field.name)
     resolved: Resolved = replace(request, **values)  # type: ignore[arg-type]
