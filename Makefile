@@ -31,7 +31,7 @@ lint: $(VENV)/.dev
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy
 
-# The shipped model, trained from nothing in build/shapes: about fourteen hours of one core. Ended early, it goes on where
+# The shipped model, trained from nothing in build/shapes: about sixteen hours of one core. Ended early, it goes on where
 # it stopped. Each stage needs what the ones before it made (docs/training.md).
 RECIPES := videolavit/training/recipes/shapes
 TRAIN = $(RUN)/videolavit train $(1) --config $(RECIPES)/$(1)$(2).toml --checkpoint build/$(or $(3),shapes) \
@@ -85,6 +85,11 @@ shapes-model: $(VENV)/.dev
 	$(call TOKENIZE,clips-fresh) --count 8000 --seed 8 --fields $(PICTURE_FIELDS),motion_ids
 	test -e build/shapes-deep || $(RUN)/videolavit deepen build/shapes -o build/shapes-deep --layers 6
 	$(call TRAIN,instruct,-deep,shapes-deep)
+	$(call TOKENIZE,two-shapes) --count 14000 --seed 12 --shapes 2 --fields $(PICTURE_FIELDS),motion_ids
+	$(call TRAIN,instruct,-pairs,shapes-deep)
+	$(call TOKENIZE,videos-fresh) --count 2000 --seed 11 --fields latents,keyframe,motion_latent,motion_ids
+	$(call TRAIN,video-detokenizer,-noisy-fourth,shapes-deep)
+	$(call TRAIN,video-detokenizer,-whole-third,shapes-deep)
 	rm -rf checkpoints/shapes && cp -r build/shapes-deep checkpoints/shapes
 	$(MAKE) bundle quality
 

@@ -51,6 +51,9 @@ STAGES = {
     "video-detokenizer-whole-more": "psnr",
     "keyframe-detokenizer-fourth": "psnr",
     "instruct-deep": "answers",
+    "instruct-pairs": "answers",
+    "video-detokenizer-noisy-fourth": "error",
+    "video-detokenizer-whole-third": "psnr",
 }
 POINTS = 12  # of a curve
 ROWS = 8  # of a table

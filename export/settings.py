@@ -44,7 +44,7 @@ class Buckets:
         image_sizes: the same for key frames.
         cache_capacities: positions of the language model's KV cache; empty takes the model's limit.
         prompt_positions: most positions of one prefill; None takes the largest capacity.
-        rows: largest batch: 2 is one request with guidance.
+        rows: largest batch: 2 is one request with guidance; candidates are written in batches of so many.
     """
 
     video_sizes: tuple[tuple[int, int], ...] = ()

@@ -12,29 +12,17 @@ codes the geometry asks for; quirks 4, 5, 6, 7, 9, 16 and 19 are fixed.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from runtime import positions, prompts
 from runtime.bundle import Bundle
-from runtime.candidates import batched, prompt_likelihoods
-from runtime.context import Context
-from runtime.decoder import (
-    DecodingOptions,
-    Phase,
-    Step,
-    collect,
-    generate,
-    image_phase,
-    motion_phase,
-    strip_pad,
-    text_phase,
-)
+from runtime.decoder import DecodingOptions, collect, text_phase
 from runtime.detokenizers import (
     KeyframeDetokenizer,
     KeyframeSettings,
@@ -50,8 +38,8 @@ from runtime.images import resize_image
 from runtime.media_tokens import MotionTokenizer, VisualTokenizer
 from runtime.memory import peak_rss
 from runtime.motion.grid import TOKENIZER_SCALE, model_motion
-from runtime.noise import Noise, Streams
-from runtime.progress import Observer, Progress, Stopwatch, ignore
+from runtime.noise import Noise
+from runtime.progress import Observer, Stopwatch, ignore
 from runtime.requests import (
     AnswerRequest,
     AnswerResult,
@@ -66,12 +54,10 @@ from runtime.requests import (
 )
 from runtime.residency import MemoryPlan
 from runtime.stages import stages_of
+from runtime.token_writer import GENERATE, TokenWriter
 from runtime.tokenizers import TextTokenizer
 
-GENERATE = "generate"
 UNDERSTAND = "understanding"
-Written = tuple[list[int], Any]  # image ids up to image_end, and motion codes [K] or None
-
 QUESTION_ROOM = 128  # positions left free for questions longer than the first about the same media
 
 
@@ -111,8 +97,8 @@ class Pipeline:
         self._observer = observer
         self._watch = Stopwatch()
         self._engines = EngineSet(bundle, memory_budget=memory_budget, threads=threads, provider=provider)
-        self._context: Context | None = Context()  # None reads every sequence from its beginning
         self._text = TextTokenizer(bundle.file(bundle.manifest.tokenizer))
+        self._writer = TokenWriter(self._engines, self.manifest, observer, self._watch)
         self._keyframes = KeyframeDetokenizer(self._engines, self.manifest, observer, self._watch)
         self._videos = VideoDetokenizer(self._engines, self.manifest, observer, self._watch)
 
@@ -169,7 +155,8 @@ class Pipeline:
         if settings.image is not None:
             # Here, and only here, a picture stands in the prompt without its markers (§12.6).
             sequence += self._picture_ids(settings.image, noise)[1:-1]
-        ids, _ = self._best(settings, [(ids, None) for ids in self._write_images(sequence, settings, noise)])
+        images = self._writer.images(sequence, settings, noise)
+        ids, _ = self._writer.best(self._prompt_ids(settings.prompt), [(ids, None) for ids in images])
         latents, image = self._keyframes.decode(self._codes(ids), KeyframeSettings.of(settings, settings.size), noise)
         return ImageResult(ids=tuple(ids), latents=latents, image=image)
 
@@ -182,17 +169,17 @@ class Pipeline:
         settings = resolve(request, self._geometry, self._defaults)
         self._begin(settings)
         size = settings.size
-        sequence = self._prompt_ids(settings.prompt)
+        prompt = sequence = self._prompt_ids(settings.prompt)
         positions.check_room(self.manifest, len(sequence), settings.clips)
         reserve = positions.reserve(self.manifest, len(sequence), settings)
         last_frame: np.ndarray | None = None
         for index in range(settings.clips):
             picture_given = index == 0 and settings.image is not None
             given = self._picture_ids(settings.image, noise)[1:] if picture_given else None
-            candidates = self._write_clips(sequence, given, settings, noise, reserve)
-            image_ids, motion_codes = self._best(settings, candidates)
+            candidates = self._writer.clips(sequence, given, settings, noise, reserve)
+            image_ids, motion_codes = self._writer.best(prompt, candidates)
             motion_span = self._vocabulary.motion_span(motion_codes)
-            sequence = [*self._with_image(sequence, image_ids), *motion_span]
+            sequence = [*self._writer.with_image(sequence, image_ids), *motion_span]
             if picture_given:
                 keyframe = settings.image
             else:
@@ -269,9 +256,9 @@ class Pipeline:
         if settings.pictures:
             kind = "image" if settings.motions is None else "video"
         before, after = prompts.question_ids(self._text, settings.question, kind)
-        parts = [self._embed([before], UNDERSTAND)[0], media]
+        parts = [self._writer.embed([before], UNDERSTAND)[0], media]
         if after:
-            parts.append(self._embed([after], UNDERSTAND)[0])
+            parts.append(self._writer.embed([after], UNDERSTAND)[0])
         options = DecodingOptions(
             max_new=settings.max_answer_tokens,
             min_new=min(settings.min_answer_tokens, settings.max_answer_tokens),
@@ -285,7 +272,7 @@ class Pipeline:
             phase = text_phase(self._vocabulary)
             context = np.concatenate(parts)
             reserve = len(context) + options.max_new + QUESTION_ROOM
-            steps = self._steps([context], phase, options, noise, "answer", UNDERSTAND, self._answered, reserve)
+            steps = self._writer.steps([context], phase, options, noise, "answer", UNDERSTAND, self._answered, reserve)
             ids = collect(steps)[0].tolist()
         return AnswerResult(ids=tuple(ids), text=prompts.answer_text(self._text.decode(ids)))
 
@@ -293,10 +280,6 @@ class Pipeline:
 
     def _prompt_ids(self, prompt: str | None) -> list[int]:
         return [] if prompt is None else self._text.encode(prompt)
-
-    def _embed(self, ids: Sequence[Sequence[int]] | np.ndarray, task: str = GENERATE) -> np.ndarray:
-        """Ids [B, S] -> embeddings [B, S, D]."""
-        return self._engines.get("token_embedding", task)(ids=np.asarray(ids, dtype=np.int64))["embeds"]
 
     def _answered(self, ids: np.ndarray) -> bool:
         """Whether the literal separator that ends an answer was written (§13.3)."""
@@ -320,139 +303,12 @@ class Pipeline:
         if settings.motions is not None:
             with self._watch.stage("motion tokens"):
                 motion_codes = MotionTokenizer(self._engines, self._geometry, UNDERSTAND).encode(settings.motions)
-        markers = self._embed([[vocabulary.image_start, vocabulary.image_end]], UNDERSTAND)[0]
+        markers = self._writer.embed([[vocabulary.image_start, vocabulary.image_end]], UNDERSTAND)[0]
         for index, picture in enumerate(pictures):
             parts += [markers[:1], picture.embeds, markers[1:]]
             if motion_codes is not None:
-                parts.append(self._embed([vocabulary.motion_span(motion_codes[index])], UNDERSTAND)[0])
+                parts.append(self._writer.embed([vocabulary.motion_span(motion_codes[index])], UNDERSTAND)[0])
         return np.concatenate(parts)
-
-    def _write_images(self, sequence: list[int], settings: Resolved, noise: Noise, reserve: int = 0) -> list[list[int]]:
-        """Image ids that follow `sequence`, up to and including image_end; every id 2 removed (quirk 10).
-
-        As many times as there are candidates.
-        """
-        most = settings.max_image_tokens
-        options = DecodingOptions(
-            max_new=most,
-            min_new=min(settings.min_image_tokens, most),
-            guidance=settings.text_guidance,
-            temperature=settings.temperature,
-            top_k=settings.top_k,
-            top_p=settings.top_p,
-            greedy=settings.greedy,
-        )
-        sequences = [sequence] * settings.candidates
-        phase = image_phase(self._vocabulary)
-        return [strip_pad(ids) for ids in self._write(sequences, phase, options, noise, "image tokens", reserve)]
-
-    def _write_motions(
-        self, sequences: Sequence[list[int]], settings: Resolved, noise: Noise, reserve: int
-    ) -> list[np.ndarray]:
-        """Motion codes [K] that follow each of `sequences`: exactly as many as the geometry asks for."""
-        count = self._geometry.motion_tokens
-        options = DecodingOptions(
-            max_new=count,
-            min_new=0,
-            guidance=settings.motion_guidance,
-            temperature=settings.temperature,
-            top_k=settings.top_k,
-            top_p=settings.top_p,
-            greedy=settings.greedy or not settings.sampled_motion,
-            exact=count,
-        )
-        written = self._write(sequences, motion_phase(self._vocabulary), options, noise, "motion tokens", reserve)
-        return [self._vocabulary.motion_codes_of(ids, count) for ids in written]
-
-    def _write_clips(
-        self, sequence: list[int], image_ids: list[int] | None, settings: Resolved, noise: Noise, reserve: int
-    ) -> list[Written]:
-        """The candidates for a clip after `sequence`; their image ids are written unless they are given."""
-        if image_ids is None:
-            images = self._write_images(sequence, settings, noise, reserve)
-        else:
-            images = [image_ids] * settings.candidates
-        sequences = [self._with_image(sequence, ids) for ids in images]
-        return list(zip(images, self._write_motions(sequences, settings, noise, reserve), strict=True))
-
-    def _with_image(self, sequence: list[int], image_ids: list[int]) -> list[int]:
-        # A control id in the user's own words is lost here too, as in the reference (quirk 10).
-        return strip_pad([*sequence, self._vocabulary.image_start, *image_ids])
-
-    def _best(self, settings: Resolved, candidates: Sequence[Written]) -> Written:
-        """The candidate that the prompt is likeliest to be said of; the first of equals."""
-        if len(candidates) == 1:
-            return candidates[0]
-        return candidates[int(np.argmax(self._likelihoods(settings, candidates)))]
-
-    def _likelihoods(self, settings: Resolved, candidates: Sequence[Written]) -> np.ndarray:
-        """How likely the prompt is after each candidate, [N]; minus infinity without a visual token."""
-        seen = [
-            [*self._with_image([], ids), *([] if codes is None else self._vocabulary.motion_span(codes))]
-            for ids, codes in candidates
-        ]
-        prompt = self._prompt_ids(settings.prompt)
-        context = Context() if self._context is None else self._context
-        with self._watch.stage("choosing"):
-            engine = self._engines.language_model(GENERATE)
-            parts = batched(seen, engine.most_rows)
-            found = [prompt_likelihoods(engine, self._embed, context, part, prompt) for part in parts]
-        shown = [len(self._vocabulary.visual_codes_of(ids)) > 0 for ids, _ in candidates]
-        return np.where(shown, np.concatenate(found), -np.inf)
-
-    def _write(
-        self,
-        sequences: Sequence[list[int]],
-        phase: Phase,
-        options: DecodingOptions,
-        noise: Noise,
-        stage: str,
-        reserve: int,
-    ) -> list[list[int]]:
-        """What follows each of `sequences`, with pads after its end; several have noise of their own each."""
-        sources = [noise] if len(sequences) == 1 else noise.spawn(len(sequences))
-        rows: list[list[int]] = []
-        with self._watch.stage(stage):
-            most = self._engines.language_model(GENERATE).most_rows
-            if most is not None and options.guidance != 1:
-                most //= 2  # each has an unconditional row beside it
-            for part in batched(list(zip(sequences, sources, strict=True)), most):
-                contexts = [self._embed([sequence])[0] for sequence, _ in part]
-                streams = Streams([source for _, source in part])
-                rows += collect(self._steps(contexts, phase, options, streams, stage, reserve=reserve)).tolist()
-        return rows
-
-    def _steps(
-        self,
-        contexts: Sequence[np.ndarray],
-        phase: Phase,
-        options: DecodingOptions,
-        noise: Noise | Streams,
-        stage: str,
-        task: str = GENERATE,
-        stop: Callable[[np.ndarray], bool] | None = None,
-        reserve: int = 0,
-    ) -> Iterator[Step]:
-        """Tokens that follow the embeddings `contexts`, [L, D] each, one a row at a time.
-
-        `stop` is told all ids of a row so far; `reserve` is how many positions the request may come to.
-        """
-        steps = generate(
-            self._engines.language_model(task),
-            lambda ids: self._embed(ids, task),
-            contexts,
-            phase,
-            options,
-            max_positions=self.manifest.language_model.max_positions,
-            noise=noise,
-            stop=stop,
-            context=self._context,
-            reserve=reserve,
-        )
-        for count, step in enumerate(steps, 1):
-            self._watch.reach("first token")
-            self._observer(Progress(stage, count, options.exact))
-            yield step
 
     # --- settings --------------------------------------------------------------------------------------------
 

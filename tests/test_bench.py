@@ -107,13 +107,14 @@ def test_guided_tokens_are_measured_where_the_model_guides_nothing(bench, tiny_b
 
 def test_every_stage_runs_and_the_table_has_them(bench, tiny_bundle: Path, tmp_path: Path) -> None:
     document = tmp_path / "bench.md"
-    small = ("--size", "64x64", "--keyframe-size", "64x64", "--video-steps", 2)
+    small = ("--size", "64x64", "--keyframe-size", "64x64", "--video-steps", 2, "--candidates", 2)
     done = bench(tiny_bundle, "--no-roofs", "--markdown", document, *small, *QUICK, "--repeats", 1)
     assert done.code == 0, done.err
     text = document.read_text()
     for stage in STAGES:
         assert any(line.startswith(stage) for line in done.out.splitlines()), stage
         assert f"| {stage} |" in text
+    assert "of it choosing" in text and "2 candidates" in text
     assert "of it video decode" in text and "Made by `videolavit" in text and "untrained" in text
     assert list(tmp_path.iterdir()) == [document]  # no staging file is left
 

@@ -75,16 +75,15 @@ def test_the_runtime_finds_a_clip_as_likely_as_torch_does(pipeline: Pipeline, re
     codes = rng.integers(0, vocabulary.motion_codes, pipeline.manifest.geometry.motion_tokens)
     settings = resolve(VIDEO, pipeline.manifest.geometry, pipeline.manifest.defaults)
     for given_codes, ids in ((None, None), (codes, (codes + vocabulary.first_motion).tolist())):
-        (ours,) = pipeline._likelihoods(settings, [(image, given_codes)])
+        (ours,) = pipeline._writer.likelihoods(pipeline._prompt_ids(PROMPT), [(image, given_codes)])
         assert ours == pytest.approx(reference.likelihood(settings, image, ids), abs=1e-3)
         assert ours < 0
 
 
 def test_a_try_without_a_picture_is_never_preferred(pipeline: Pipeline) -> None:
-    settings = resolve(VIDEO, pipeline.manifest.geometry, pipeline.manifest.defaults)
-    vocabulary = pipeline.manifest.vocabulary
+    vocabulary, prompt = pipeline.manifest.vocabulary, pipeline._prompt_ids(PROMPT)
     empty, shown = [vocabulary.image_end], [vocabulary.first_visual, vocabulary.image_end]
-    assert np.isneginf(pipeline._likelihoods(settings, [(empty, None), (shown, None)])).tolist() == [True, False]
+    assert np.isneginf(pipeline._writer.likelihoods(prompt, [(empty, None), (shown, None)])).tolist() == [True, False]
 
 
 @pytest.mark.parametrize("most_rows", [None, 2, 1])
@@ -92,8 +91,9 @@ def test_the_clip_that_is_kept_is_the_likeliest_of_those_written(
     pipeline: Pipeline, most_rows: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = resolve(VIDEO, pipeline.manifest.geometry, pipeline.manifest.defaults)
-    tries = pipeline._write_clips(pipeline._prompt_ids(PROMPT), None, settings, Noise(5), 0)
-    likelihoods = pipeline._likelihoods(settings, tries)
+    prompt = pipeline._prompt_ids(PROMPT)
+    tries = pipeline._writer.clips(prompt, None, settings, Noise(5), 0)
+    likelihoods = pipeline._writer.likelihoods(prompt, tries)
     assert len(tries) == 4 and len(set(likelihoods.tolist())) > 1  # they differ, or the choice would mean nothing
     image_ids, codes = tries[int(np.argmax(likelihoods))]
     # An engine that takes fewer rows at once writes the same.

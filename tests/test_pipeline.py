@@ -70,7 +70,7 @@ def pipeline(tiny_bundle: Path) -> Iterator[Pipeline]:
 
 
 def written(pipeline: Pipeline, request: VideoRequest, seed: int, context: Recorded) -> list[ClipResult]:
-    pipeline._context = context
+    pipeline._writer.context = context
     return list(pipeline.generate_video(request, Noise(seed)))
 
 
@@ -101,7 +101,7 @@ def test_nothing_is_read_twice(pipeline: Pipeline, case: str, monkeypatch: pytes
         # A 2 that was written vanishes from the sequence, and what follows it is rightly read again.
         return replace(image_phase(vocabulary), allowed=vocabulary.image_ranges[1:])
 
-    monkeypatch.setattr("runtime.pipeline.image_phase", without_control_ids)
+    monkeypatch.setattr("runtime.token_writer.image_phase", without_control_ids)
     context = Recorded()
     clips = written(pipeline, CASES[case], 5, context)
     prompt = len(pipeline._text.encode(PROMPT))
@@ -135,13 +135,13 @@ def test_several_questions_are_answered_as_each_alone_would_be(pipeline: Pipelin
     )
     questions = ["what moves?", "which colour is the circle?", "what moves?"]
     noise = Noise(3)
-    context = pipeline._context = Recorded()
+    context = pipeline._writer.context = Recorded()
     answers = list(pipeline.answers(request, iter(questions), noise))
     first, *later = [context.fed[at] for at in context.reads]
     assert noise.normal() == Noise(3).normal()
     assert [question for question, _ in answers] == questions
     for question, answer in answers:
-        pipeline._context = None
+        pipeline._writer.context = None
         alone = AnswerRequest(**(vars(request) | {"question": question}))
         assert pipeline.answer(alone, Noise(3)) == answer
     # Every question is one forward, of the first with all that is seen, of the others without.

@@ -335,6 +335,17 @@ def test_the_shortest_cache_that_suffices_is_taken(tmp_path: Path, device: FakeD
     assert device.loaded == ["short", "long", "short"]  # type: ignore[attr-defined]
 
 
+def test_a_plan_says_how_many_rows_it_takes(tmp_path: Path, device: FakeDevice) -> None:
+    model = model_of(tmp_path, device, llm_c8="short")
+    assert model.most_rows == 4
+    model.start(model.most_rows, 8)
+    rows = embeds(*[(1,)] * model.most_rows)
+    np.testing.assert_array_equal(model.forward(rows, np.ones(model.most_rows, int)), [[1]] * model.most_rows)
+    model.start(model.most_rows + 1, 8)
+    with pytest.raises(UsageError, match="built for"):
+        model.forward(embeds(*[(1,)] * 5), np.ones(5, int))
+
+
 def test_calls_the_cache_cannot_take_are_refused(tmp_path: Path, device: FakeDevice) -> None:
     model = model_of(tmp_path, device, llm_c8="short")
     with pytest.raises(UsageError, match="start must come before forward"):

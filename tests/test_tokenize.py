@@ -193,12 +193,5 @@ def test_the_command_writes_a_folder(tmp_path: Path, tiny_checkpoint: Path, caps
     item = TokenizedDataset(tmp_path / "out")[1]
     assert item["motion_ids"].shape[0] == len(item["visual_ids"]) == 2
     index = read_index(tmp_path / "out")
-    assert index.recipe.source == {
-        "source": "shapes",
-        "split": "held-out",
-        "seed": 0,
-        "clips": 2,
-        "shapes": 2,
-        "twins": False,
-    }
+    assert index.recipe.source == {"source": "shapes", "split": "held-out", "seed": 0, "clips": 2, "shapes": 2}
     assert set(index.recipe.components) == {"motion_tokenizer", "visual_tokenizer"}

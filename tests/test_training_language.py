@@ -120,6 +120,7 @@ class Recorder:
     def __init__(self, picture: dict[str, np.ndarray], motion_codes: np.ndarray) -> None:
         self.picture, self.motion_codes, self.contexts = picture, motion_codes, list[np.ndarray]()
         self.written = list[int]()
+        self.most_rows: int | None = None
 
     def get(self, name: str, task: str | None = None) -> Any:
         return getattr(self, name)
@@ -158,6 +159,7 @@ class Recorder:
 def pipeline_with(engines: Recorder, monkeypatch: pytest.MonkeyPatch, layout: Layout) -> Any:
     import runtime.pipeline as module
     from runtime.progress import Stopwatch, ignore
+    from runtime.token_writer import TokenWriter
 
     pipeline = object.__new__(module.Pipeline)
     manifest = type("Manifest", (), {})()
@@ -167,7 +169,8 @@ def pipeline_with(engines: Recorder, monkeypatch: pytest.MonkeyPatch, layout: La
     pipeline.manifest, pipeline._geometry, pipeline._vocabulary = manifest, CONFIG.geometry, V
     pipeline._defaults, pipeline._observer, pipeline._watch = CONFIG.defaults, ignore, Stopwatch()
     pipeline._engines, pipeline._text = engines, layout.text
-    pipeline._context = None  # every context is read as a whole
+    pipeline._writer = TokenWriter(engines, manifest, ignore, pipeline._watch)  # type: ignore[arg-type]
+    pipeline._writer.context = None  # every context is read as a whole
     return pipeline
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import pickle
 import tarfile
 from pathlib import Path
@@ -20,7 +19,6 @@ from runtime.errors import MediaError, UsageError
 from runtime.geometry import Geometry
 from runtime.motion.mpeg4 import MotionSettings
 from runtime.motion.sources import understanding_clips
-from videolavit.shapes import is_held_out
 from videolavit.training.data import open_source
 from videolavit.training.data.errors import DataError
 from videolavit.training.data.examples import Question
@@ -79,25 +77,8 @@ def test_the_number_of_shapes_may_be_given(shapes: int) -> None:
     assert {len(ShapesSource(GEOMETRY).scene(index)[0].shapes) for index in range(20)} == {1, 2}
 
 
-def test_twins_differ_in_which_shape_moves_which_way() -> None:
-    source = open_source(DataSettings(source="shapes", shapes=2, twins=True), GEOMETRY, seed=5)
-    assert isinstance(source, ShapesSource)
-    for index in range(0, 12, 2):
-        (left, _), (right, _) = source.scene(index), source.scene(index + 1)
-        assert np.array_equal(source.picture(index).image, source.picture(index + 1).image)
-        assert [s.motion for s in left.shapes] == [s.motion for s in right.shapes][::-1]
-        assert left.shapes[0].motion.direction != left.shapes[1].motion.direction
-        for scene in (left, right):
-            for shape in scene.shapes:
-                assert not is_held_out(shape.colour, shape.kind, shape.motion.direction)
-                way = math.dist(shape.start, shape.centre_at(23))
-                assert way == pytest.approx(shape.motion.rate * 23, abs=0.03)
-    with pytest.raises(UsageError, match="twins with clips 1, shapes 1"):
-        open_source(DataSettings(source="shapes", shapes=1, twins=True), GEOMETRY)
-
-
 def test_the_number_of_shapes_is_only_for_the_world_of_shapes(media: Path) -> None:
-    with pytest.raises(UsageError, match=r"data\.shapes and data\.twins are for the world of shapes"):
+    with pytest.raises(UsageError, match=r"data\.shapes 2: only the world of shapes"):
         open_source(DataSettings(source="folder", path=str(media), shapes=2), GEOMETRY)
 
 

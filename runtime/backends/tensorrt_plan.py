@@ -176,8 +176,8 @@ class Plan:
         return bool(find and find(output))
 
     def most(self, name: str, axis: int) -> int:
-        """The largest size of an axis of an input that any profile takes."""
-        return max(ranges[name][1][axis] for ranges in self._ranges)
+        """The largest size of an axis of an input that every profile takes."""
+        return min(ranges[name][1][axis] for ranges in self._ranges)
 
     def covering(self, shapes: Mapping[str, Shape]) -> int:
         """The first profile that has inputs of these shapes. Raises UsageError when none has."""

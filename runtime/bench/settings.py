@@ -27,6 +27,7 @@ class BenchSettings:
         video: file whose motion is read; None makes one.
         size, keyframe_size: (width, height) in pixels of the pictures of a clip and of key frames; None the model's.
         keyframe_steps, video_steps: of the whole clip; None the model's.
+        candidates: of the whole clip; torch writes them one after the other, so beside it one says most.
         count_work: count operations and bytes, for shares of the roofs.
         seed: of all inputs.
     """
@@ -42,6 +43,7 @@ class BenchSettings:
     keyframe_size: tuple[int, int] | None = None
     keyframe_steps: int | None = None
     video_steps: int | None = None
+    candidates: int = 1
     count_work: bool = True
     seed: int = 0
 
@@ -69,6 +71,7 @@ class BenchSettings:
             keyframe_size=keyframe_size,
             keyframe_steps=self.keyframe_steps,
             video_steps=self.video_steps,
+            candidates=self.candidates,
         )
 
     def sizes(self, manifest: Manifest) -> tuple[tuple[int, int], tuple[int, int]]:

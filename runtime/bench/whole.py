@@ -37,9 +37,11 @@ def clip(bench: Bench) -> list[Row]:
         run = _making(pipeline, request, settings.seed, parts)
         bench.alone(run)
         times = bench.take_turns(bench.turn(run, lambda peer: peer.clip(request, settings.seed)))[0]
-    steps = f"{settings.keyframe_steps or defaults.keyframe_steps} + {settings.video_steps or defaults.video_steps}"
+    how = f"{settings.keyframe_steps or defaults.keyframe_steps} + {settings.video_steps or defaults.video_steps} steps"
+    if settings.candidates > 1:
+        how += f", {settings.candidates} candidates"
     frames = bench.manifest.geometry.frames
-    rows = contenders("clip", f"{size[0]}x{size[1]}, {steps} steps", "clip", times, amount=frames, of="frames")
+    rows = contenders("clip", f"{size[0]}x{size[1]}, {how}", "clip", times, amount=frames, of="frames")
     counted = parts[-settings.repeats :]
     for name in counted[0]:
         seconds = Times(tuple(part[name] for part in counted))

@@ -70,6 +70,7 @@ class Contexts(click.ParamType):
 @click.option("--keyframe-size", type=Size(), help="Size of key frames.  [default: the model's]")
 @click.option("--keyframe-steps", type=click.IntRange(1), help="Denoising steps of the clip's key frame.")
 @click.option("--video-steps", type=click.IntRange(1), help="Denoising steps of the clip.")
+@click.option("--candidates", type=click.IntRange(1), default=1, show_default=True, help="Tries at the clip's tokens.")
 @click.option("--video", type=click.Path(path_type=Path), help="Video for motion-vectors.  [default: one is made]")
 @click.option("--no-roofs", is_flag=True, help="Neither measure the machine's limits nor count operations.")
 @click.option("--against", multiple=True, type=click.Choice(PEERS), help="Measure this too, in turn with the bundle.")

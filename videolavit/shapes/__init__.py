@@ -18,7 +18,6 @@ from videolavit.shapes.scene import (
     Shape,
     is_held_out,
     sample_scene,
-    sample_twins,
 )
 
 __all__ = [
@@ -46,5 +45,4 @@ __all__ = [
     "render",
     "render_frame",
     "sample_scene",
-    "sample_twins",
 ]

@@ -199,31 +199,6 @@ def sample_scene(seed: int, *, split: Split = "train", clips: int = 1, shapes: i
     return Scene(shapes=tuple(placed), background=_background(rng), frames=FRAMES * clips)
 
 
-def sample_twins(seed: int, *, split: Split = "train") -> tuple[Scene, Scene]:
-    """Two scenes alike but for which of their two shapes moves which way, or stays: no first frame tells them apart.
-
-    Where a shape starts says a good deal about the way it goes, as that way has to fit the frame. Here either does.
-    """
-    rng = np.random.default_rng([SPLITS.index(split), seed])
-    while True:
-        scene = sample_scene(int(rng.integers(2**62)), split=split, shapes=2)
-        one, other = scene.shapes
-        exchanged = replace(one, motion=other.motion), replace(other, motion=one.motion)
-        if (
-            one.motion.direction != other.motion.direction
-            and {one.motion.deed, other.motion.deed} <= {"move", "still"}
-            and all(_fits(shape) for shape in exchanged)
-            and all(is_held_out(s.colour, s.kind, s.motion.direction) == (split == "held-out") for s in exchanged)
-            and _apart(*exchanged)
-        ):
-            return scene, replace(scene, shapes=exchanged)
-
-
-def _fits(shape: Shape) -> bool:
-    """Whether the way of a shape that moves ends before the frame does."""
-    return math.dist(shape.start, shape.centre_at(FRAMES - 1)) > shape.motion.rate * (FRAMES - 1) - GAP
-
-
 def _place(shapes: list[Shape], rng: np.random.Generator) -> list[Shape] | None:
     """`shapes` at places where they never touch; None where none was found."""
     if len({shape.colour for shape in shapes}) < len(shapes):

@@ -37,7 +37,6 @@ class DataSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         split: part of the source.
         size: number of items of a source without an end.
         shapes: how many shapes a scene of the source "shapes" has, 1 or 2; None: some one, some two.
-        twins: scenes of "shapes" come in pairs that differ in which of two shapes moves which way.
     """
 
     source: Literal["shapes", "scenery", "folder", "webdataset", "tokenized"] = "shapes"
@@ -45,7 +44,6 @@ class DataSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     split: str = "train"
     size: Count = 1_000_000
     shapes: Literal[1, 2] | None = None
-    twins: bool = False
 
 
 class TrainSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -33,7 +33,6 @@ _FIELDS_HELP = "Comma-separated: " + ", ".join(FIELDS) + f". [default: {','.join
     type=click.Choice(["1", "2"]),
     help="Shapes in every scene of the world of shapes. [default: 1 or 2, drawn]",
 )
-@click.option("--twins", is_flag=True, help="Scenes in pairs that differ in which of two shapes moves which way.")
 @click.option(
     "--clips", type=click.IntRange(1, 100), default=1, show_default=True, help="Most clips to take of a video."
 )
@@ -53,7 +52,6 @@ def tokenize(
     count: int | None,
     split: str,
     shapes: str | None,
-    twins: bool,
     clips: int,
     size: tuple[int, int] | None,
     seed: int,
@@ -74,7 +72,7 @@ def tokenize(
     from videolavit.training.data.tokenizing import Plan, tokenize
 
     plan = Plan(
-        data=data_settings(source, split, shapes, twins),
+        data=data_settings(source, split, shapes),
         checkpoint=checkpoint,
         fields=names,
         count=count,
@@ -106,9 +104,9 @@ def tokenize(
         report.result(text, folder=str(output), fields=list(names), **counts)
 
 
-def data_settings(source: str, split: str, shapes: str | None = None, twins: bool = False) -> DataSettings:
+def data_settings(source: str, split: str, shapes: str | None = None) -> DataSettings:
     """The source that a user names. Raises UsageError when there is nothing of that name."""
-    settings = {"source": source, "split": split, "shapes": None if shapes is None else int(shapes), "twins": twins}
+    settings = {"source": source, "split": split, "shapes": None if shapes is None else int(shapes)}
     if source in DRAWN:
         return msgspec.convert(settings, DataSettings)
     path = Path(source)

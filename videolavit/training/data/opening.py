@@ -30,16 +30,10 @@ def open_source(settings: DataSettings, geometry: Geometry, *, seed: int = 0, cl
         raise UsageError(f"data.path {settings.path}: {settings.source} is drawn, it has no path; remove it")
     if settings.source == "shapes":
         return ShapesSource(
-            geometry,
-            split=settings.split,
-            size=settings.size,
-            seed=seed,
-            clips=clips,
-            shapes=settings.shapes,
-            twins=settings.twins,
+            geometry, split=settings.split, size=settings.size, seed=seed, clips=clips, shapes=settings.shapes
         )
-    if settings.shapes is not None or settings.twins:
-        raise UsageError("data.shapes and data.twins are for the world of shapes alone; remove them")
+    if settings.shapes is not None:
+        raise UsageError(f"data.shapes {settings.shapes}: only the world of shapes has such scenes; remove it")
     if settings.split != DataSettings().split:
         raise UsageError(
             f"data.split {settings.split}: only the world of shapes has parts; give every part a path of its own"

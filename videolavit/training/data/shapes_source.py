@@ -23,7 +23,6 @@ from videolavit.shapes import (
     questions,
     render_frame,
     sample_scene,
-    sample_twins,
 )
 from videolavit.shapes.clips import clips
 from videolavit.training.data.examples import ClipExample, PictureExample, Question
@@ -41,7 +40,6 @@ class ShapesSource:
         seed: 0 or more.
         clips: clips per item.
         shapes: in every scene; None draws 1 or 2.
-        twins: items 2i and 2i + 1 are alike but for which of two shapes moves which way (`sample_twins`).
 
     Raises:
         UsageError: an argument is not one of these.
@@ -56,18 +54,12 @@ class ShapesSource:
         seed: int = 0,
         clips: int = 1,
         shapes: int | None = None,
-        twins: bool = False,
     ) -> None:
         if split not in SPLITS:
             raise UsageError(f"split {split!r}: the world of shapes has {' and '.join(SPLITS)}")
         if geometry.frames != FRAMES:
             raise UsageError(f"the world of shapes has clips of {FRAMES} frames, this model's have {geometry.frames}")
-        if twins and (clips != 1 or shapes != 2):
-            raise UsageError(
-                f"twins with clips {clips} and shapes {shapes}: twins have one clip and 2 shapes; ask for both"
-            )
-        self.split, self.size, self.seed, self.clips = split, size, seed, clips
-        self.shapes, self.twins = shapes, twins
+        self.split, self.size, self.seed, self.clips, self.shapes = split, size, seed, clips, shapes
 
     def __len__(self) -> int:
         return self.size
@@ -79,7 +71,6 @@ class ShapesSource:
             "seed": self.seed,
             "clips": self.clips,
             "shapes": self.shapes,
-            "twins": self.twins,
         }
 
     def moves(self, index: int) -> bool:
@@ -89,9 +80,6 @@ class ShapesSource:
         """Scene `index`, and the generator of everything else that is drawn for it."""
         if not 0 <= index < self.size:
             raise IndexError(index)
-        if self.twins:
-            rng = np.random.default_rng([self.seed, index // 2])
-            return sample_twins(int(rng.integers(2**62)), split=self.split)[index % 2], rng
         rng = np.random.default_rng([self.seed, index])
         scene = sample_scene(int(rng.integers(2**62)), split=self.split, clips=self.clips, shapes=self.shapes)
         return scene, rng
