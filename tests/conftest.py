@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
+
+if TYPE_CHECKING:
+    from runtime.pipeline import Pipeline
 
 os.environ["VIDEOLAVIT_CACHE"] = "off"  # tests leave nothing in the user's folders
 
@@ -29,3 +36,16 @@ def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
     folder = tmp_path_factory.mktemp("bundles") / "tiny"
     export_bundle(load(tiny_checkpoint), folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def token_pipeline(tiny_bundle: Path) -> Iterator[Pipeline]:
+    """All of the pipeline of `tiny_bundle` but its diffusion: pictures are black."""
+    from runtime.pipeline import Pipeline
+
+    frame = np.zeros((128, 128, 3), np.uint8)
+    with Pipeline(tiny_bundle, threads=1) as opened:
+        whole: Any = opened
+        whole._keyframes = SimpleNamespace(decode=lambda *given: (None, frame))
+        whole._videos = SimpleNamespace(decode=lambda *given: (None, frame[None]))
+        yield opened

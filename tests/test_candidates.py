@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -30,19 +28,9 @@ IMAGE = ImageRequest(prompt=PROMPT, candidates=4)
 
 
 @pytest.fixture(scope="module")
-def pipeline(tiny_bundle: Path) -> Iterator[Pipeline]:
-    """All of the pipeline but its diffusion."""
-    with Pipeline(tiny_bundle, threads=1) as opened:
-        whole: Any = opened
-        whole._keyframes = SimpleNamespace(decode=lambda *given: (None, FRAME))
-        whole._videos = SimpleNamespace(decode=lambda *given: (None, FRAME[None]))
-        yield opened
-
-
-@pytest.fixture(scope="module")
-def reference(tiny_checkpoint: Path, pipeline: Pipeline) -> Reference:
+def reference(tiny_checkpoint: Path, token_pipeline: Pipeline) -> Reference:
     checkpoint = load(tiny_checkpoint)
-    tokenizer = TextTokenizer(pipeline.bundle.file(pipeline.manifest.tokenizer))
+    tokenizer = TextTokenizer(token_pipeline.bundle.file(token_pipeline.manifest.tokenizer))
     made: Any = Reference(checkpoint, checkpoint.config, tokenizer)
     made.decode_keyframe = lambda *given: (None, FRAME)
     made.decode_clip = lambda *given: (None, FRAME[None])
@@ -69,51 +57,58 @@ def test_a_source_draws_the_same_whatever_stands_beside_it() -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_the_runtime_finds_a_clip_as_likely_as_torch_does(pipeline: Pipeline, reference: Reference, seed: int) -> None:
-    vocabulary, rng = pipeline.manifest.vocabulary, np.random.default_rng(seed)
+def test_the_runtime_finds_a_clip_as_likely_as_torch_does(
+    token_pipeline: Pipeline, reference: Reference, seed: int
+) -> None:
+    vocabulary, rng = token_pipeline.manifest.vocabulary, np.random.default_rng(seed)
     image = [*rng.integers(vocabulary.first_visual, vocabulary.motion_start, 5).tolist(), vocabulary.image_end]
-    codes = rng.integers(0, vocabulary.motion_codes, pipeline.manifest.geometry.motion_tokens)
-    settings = resolve(VIDEO, pipeline.manifest.geometry, pipeline.manifest.defaults)
+    codes = rng.integers(0, vocabulary.motion_codes, token_pipeline.manifest.geometry.motion_tokens)
+    settings = resolve(VIDEO, token_pipeline.manifest.geometry, token_pipeline.manifest.defaults)
     for given_codes, ids in ((None, None), (codes, (codes + vocabulary.first_motion).tolist())):
-        (ours,) = pipeline._writer.likelihoods(pipeline._prompt_ids(PROMPT), [(image, given_codes)])
+        (ours,) = token_pipeline._writer.likelihoods(token_pipeline._prompt_ids(PROMPT), [(image, given_codes)])
         assert ours == pytest.approx(reference.likelihood(settings, image, ids), abs=1e-3)
         assert ours < 0
 
 
-def test_a_try_without_a_picture_is_never_preferred(pipeline: Pipeline) -> None:
-    vocabulary, prompt = pipeline.manifest.vocabulary, pipeline._prompt_ids(PROMPT)
+def test_a_try_without_a_picture_is_never_preferred(token_pipeline: Pipeline) -> None:
+    vocabulary, prompt = token_pipeline.manifest.vocabulary, token_pipeline._prompt_ids(PROMPT)
     empty, shown = [vocabulary.image_end], [vocabulary.first_visual, vocabulary.image_end]
-    assert np.isneginf(pipeline._writer.likelihoods(prompt, [(empty, None), (shown, None)])).tolist() == [True, False]
+    assert np.isneginf(token_pipeline._writer.likelihoods(prompt, [(empty, None), (shown, None)])).tolist() == [
+        True,
+        False,
+    ]
 
 
 @pytest.mark.parametrize("most_rows", [None, 2, 1])
 def test_the_clip_that_is_kept_is_the_likeliest_of_those_written(
-    pipeline: Pipeline, most_rows: int | None, monkeypatch: pytest.MonkeyPatch
+    token_pipeline: Pipeline, most_rows: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = resolve(VIDEO, pipeline.manifest.geometry, pipeline.manifest.defaults)
-    prompt = pipeline._prompt_ids(PROMPT)
-    tries = pipeline._writer.clips(prompt, None, settings, Noise(5), 0)
-    likelihoods = pipeline._writer.likelihoods(prompt, tries)
+    settings = resolve(VIDEO, token_pipeline.manifest.geometry, token_pipeline.manifest.defaults)
+    prompt = token_pipeline._prompt_ids(PROMPT)
+    tries = token_pipeline._writer.clips(prompt, None, settings, Noise(5), 0)
+    likelihoods = token_pipeline._writer.likelihoods(prompt, tries)
     assert len(tries) == 4 and len(set(likelihoods.tolist())) > 1  # they differ, or the choice would mean nothing
     image_ids, codes = tries[int(np.argmax(likelihoods))]
     # An engine that takes fewer rows at once writes the same.
-    monkeypatch.setattr(pipeline._engines.language_model("generate"), "most_rows", most_rows)
-    (kept,) = pipeline.generate_video(VIDEO, Noise(5))
+    monkeypatch.setattr(token_pipeline._engines.language_model("generate"), "most_rows", most_rows)
+    (kept,) = token_pipeline.generate_video(VIDEO, Noise(5))
     assert kept.image_ids == tuple(image_ids)
-    assert pipeline.manifest.vocabulary.motion_codes_of(kept.motion_ids, len(codes)).tolist() == codes.tolist()
+    assert token_pipeline.manifest.vocabulary.motion_codes_of(kept.motion_ids, len(codes)).tolist() == codes.tolist()
 
 
-def test_torch_keeps_the_same(pipeline: Pipeline, reference: Reference) -> None:
-    (ours,), (theirs,) = (made.generate_video(VIDEO, Noise(6)) for made in (pipeline, reference))
+def test_torch_keeps_the_same(token_pipeline: Pipeline, reference: Reference) -> None:
+    (ours,), (theirs,) = (made.generate_video(VIDEO, Noise(6)) for made in (token_pipeline, reference))
     assert (ours.image_ids, ours.motion_ids) == (theirs.image_ids, theirs.motion_ids)
-    pictures = [made.generate_image(IMAGE, Noise(7)).ids for made in (pipeline, reference)]
+    pictures = [made.generate_image(IMAGE, Noise(7)).ids for made in (token_pipeline, reference)]
     assert pictures[0] == pictures[1]
 
 
-def test_candidates_of_a_picture_that_was_given_differ_in_motion_alone(pipeline: Pipeline) -> None:
+def test_candidates_of_a_picture_that_was_given_differ_in_motion_alone(token_pipeline: Pipeline) -> None:
     picture = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     made = [
-        next(iter(pipeline.generate_video(VideoRequest(prompt=PROMPT, image=picture, candidates=count), Noise(8))))
+        next(
+            iter(token_pipeline.generate_video(VideoRequest(prompt=PROMPT, image=picture, candidates=count), Noise(8)))
+        )
         for count in (1, 6)
     ]
     assert made[0].image_ids == made[1].image_ids
@@ -121,8 +116,8 @@ def test_candidates_of_a_picture_that_was_given_differ_in_motion_alone(pipeline:
 
 
 @pytest.mark.parametrize("request_", [VideoRequest, ImageRequest])
-def test_one_try_where_more_would_be_for_nothing(pipeline: Pipeline, request_: Any) -> None:
-    geometry, defaults = pipeline.manifest.geometry, TaskDefaults(candidates=8)
+def test_one_try_where_more_would_be_for_nothing(token_pipeline: Pipeline, request_: Any) -> None:
+    geometry, defaults = token_pipeline.manifest.geometry, TaskDefaults(candidates=8)
 
     def candidates(**given: Any) -> int:
         return resolve(request_(**given), geometry, defaults).candidates
@@ -137,7 +132,7 @@ def test_one_try_where_more_would_be_for_nothing(pipeline: Pipeline, request_: A
         candidates(prompt=PROMPT, candidates=0)
 
 
-def test_a_recipe_tells_how_many_there_were(pipeline: Pipeline) -> None:
-    settings = resolve(VIDEO, pipeline.manifest.geometry, pipeline.manifest.defaults)
-    recipe = make_recipe("generate", pipeline.bundle, settings, 3, {})
+def test_a_recipe_tells_how_many_there_were(token_pipeline: Pipeline) -> None:
+    settings = resolve(VIDEO, token_pipeline.manifest.geometry, token_pipeline.manifest.defaults)
+    recipe = make_recipe("generate", token_pipeline.bundle, settings, 3, {})
     assert "--candidates 4" in command_line(recipe, Path("out.mp4"))

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -59,19 +56,9 @@ class Recorded(Context):
         return super()._forward(engine, embeds, counts)
 
 
-@pytest.fixture(scope="module")
-def pipeline(tiny_bundle: Path) -> Iterator[Pipeline]:
-    """All of the pipeline but its diffusion."""
-    with Pipeline(tiny_bundle, threads=1) as opened:
-        whole: Any = opened
-        whole._keyframes = SimpleNamespace(decode=lambda *given: (None, FRAME))
-        whole._videos = SimpleNamespace(decode=lambda *given: (None, FRAME[None]))
-        yield opened
-
-
-def written(pipeline: Pipeline, request: VideoRequest, seed: int, context: Recorded) -> list[ClipResult]:
-    pipeline._writer.context = context
-    return list(pipeline.generate_video(request, Noise(seed)))
+def written(token_pipeline: Pipeline, request: VideoRequest, seed: int, context: Recorded) -> list[ClipResult]:
+    token_pipeline._writer.context = context
+    return list(token_pipeline.generate_video(request, Noise(seed)))
 
 
 CASES = {
@@ -85,9 +72,9 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_continued_cache_writes_what_separate_readings_write(pipeline: Pipeline, case: str) -> None:
+def test_a_continued_cache_writes_what_separate_readings_write(token_pipeline: Pipeline, case: str) -> None:
     one, each = Recorded(), Recorded(plain=True)
-    ours, theirs = (written(pipeline, CASES[case], 5, context) for context in (one, each))
+    ours, theirs = (written(token_pipeline, CASES[case], 5, context) for context in (one, each))
     assert [(clip.image_ids, clip.motion_ids) for clip in ours] == [(c.image_ids, c.motion_ids) for c in theirs]
     assert len(one.logits) == len(each.logits)
     for a, b in zip(one.logits, each.logits, strict=True):
@@ -96,54 +83,54 @@ def test_a_continued_cache_writes_what_separate_readings_write(pipeline: Pipelin
 
 
 @pytest.mark.parametrize("case", ["guided", "not guided"])
-def test_nothing_is_read_twice(pipeline: Pipeline, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_read_twice(token_pipeline: Pipeline, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def without_control_ids(vocabulary: Vocabulary) -> Phase:
         # A 2 that was written vanishes from the sequence, and what follows it is rightly read again.
         return replace(image_phase(vocabulary), allowed=vocabulary.image_ranges[1:])
 
     monkeypatch.setattr("runtime.token_writer.image_phase", without_control_ids)
     context = Recorded()
-    clips = written(pipeline, CASES[case], 5, context)
-    prompt = len(pipeline._text.encode(PROMPT))
+    clips = written(token_pipeline, CASES[case], 5, context)
+    prompt = len(token_pipeline._text.encode(PROMPT))
     tokens = sum(len(clip.image_ids) + len(clip.motion_ids) for clip in clips)
     # Each phase has a start marker, each motion but the last an end marker; the very last token is never fed.
     assert context.positions == prompt + tokens + 2 * len(clips) + (len(clips) - 1) - 1
     assert context.starts == 1  # the cache was made for all clips at once
 
 
-def test_another_sample_of_a_prompt_feeds_one_position_of_it(pipeline: Pipeline) -> None:
+def test_another_sample_of_a_prompt_feeds_one_position_of_it(token_pipeline: Pipeline) -> None:
     context = Recorded()
-    written(pipeline, VideoRequest(prompt=PROMPT), 5, context)
-    written(pipeline, VideoRequest(prompt=PROMPT), 6, context)
+    written(token_pipeline, VideoRequest(prompt=PROMPT), 5, context)
+    written(token_pipeline, VideoRequest(prompt=PROMPT), 6, context)
     second = context.reads[2]  # a request reads twice: for its image and for its motion
     assert context.fed[second] == (2, 1)
 
 
-def test_the_waiting_of_a_person_is_measured(pipeline: Pipeline) -> None:
-    clips = pipeline.generate_video(VideoRequest(prompt=PROMPT, clips=2), Noise(5))
+def test_the_waiting_of_a_person_is_measured(token_pipeline: Pipeline) -> None:
+    clips = token_pipeline.generate_video(VideoRequest(prompt=PROMPT, clips=2), Noise(5))
     next(clips)
-    first = pipeline.reached
-    assert 0 < first["first token"] < first["first frame"] <= sum(pipeline.seconds.values())
+    first = token_pipeline.reached
+    assert 0 < first["first token"] < first["first frame"] <= sum(token_pipeline.seconds.values())
     next(clips)
-    assert pipeline.reached == first
+    assert token_pipeline.reached == first
 
 
-def test_several_questions_are_answered_as_each_alone_would_be(pipeline: Pipeline) -> None:
+def test_several_questions_are_answered_as_each_alone_would_be(token_pipeline: Pipeline) -> None:
     grid = np.random.default_rng(0).integers(-20, 20, (24, 2, 8, 8)).astype(np.float32)
     request = AnswerRequest(
         question="-", pictures=(FRAME + 40, FRAME + 200), motions=(grid, -grid), greedy=False, max_answer_tokens=12
     )
     questions = ["what moves?", "which colour is the circle?", "what moves?"]
     noise = Noise(3)
-    context = pipeline._writer.context = Recorded()
-    answers = list(pipeline.answers(request, iter(questions), noise))
+    context = token_pipeline._writer.context = Recorded()
+    answers = list(token_pipeline.answers(request, iter(questions), noise))
     first, *later = [context.fed[at] for at in context.reads]
     assert noise.normal() == Noise(3).normal()
     assert [question for question, _ in answers] == questions
     for question, answer in answers:
-        pipeline._writer.context = None
+        token_pipeline._writer.context = None
         alone = AnswerRequest(**(vars(request) | {"question": question}))
-        assert pipeline.answer(alone, Noise(3)) == answer
+        assert token_pipeline.answer(alone, Noise(3)) == answer
     # Every question is one forward, of the first with all that is seen, of the others without.
-    assert first[1] > 2 * pipeline.manifest.geometry.motion_tokens
+    assert first[1] > 2 * token_pipeline.manifest.geometry.motion_tokens
     assert all(steps < 40 for _, steps in later)

@@ -32,6 +32,7 @@ from runtime.pipeline import Pipeline
 from runtime.progress import Stopwatch, ignore
 from runtime.requests import ImageRequest, VideoRequest
 from runtime.settings import LanguageModelShape
+from runtime.token_writer import TokenWriter
 from runtime.tokenizers import TextTokenizer
 from runtime.vocabulary import Vocabulary
 from videolavit.config import ModelConfig
@@ -257,11 +258,32 @@ class _Reference(Reference):
         return np.zeros(0), self._trace.frames()
 
 
-class _Pipeline(Pipeline):
-    """The runtime's pipeline with its networks replaced by what the recorded run's stages gave.
+class _Writer(TokenWriter):
+    """Writes what the stubs of a recorded run gave. Embeddings are the ids themselves, so that they can be read."""
 
-    Embeddings of this pipeline are the ids themselves, so that what the language model is given can be read.
-    """
+    def __init__(self, trace: _Trace, *given: Any) -> None:
+        super().__init__(*given)
+        self._trace = trace
+
+    def embed(self, ids: Sequence[Sequence[int]] | np.ndarray, task: str = "") -> np.ndarray:
+        return np.asarray(ids)[..., None]
+
+    def steps(
+        self, contexts: Sequence[np.ndarray], phase: Any, options: DecodingOptions, *rest: Any, **named: Any
+    ) -> Any:
+        sampling = None if options.greedy else (options.temperature, options.top_k, options.top_p)
+        (context,) = contexts
+        values = {"prompt": context[:, 0].tolist(), "guidance": options.guidance, "sampling": sampling}
+        if phase.start == VOCABULARY.motion_start:
+            self._trace.add("motion ids", **values)
+        else:
+            self._trace.add("image ids", **values, bounds=(options.min_new, options.max_new))
+        for token in next(self._trace.written):
+            yield SimpleNamespace(tokens=np.array([token]))
+
+
+class _Pipeline(Pipeline):
+    """The runtime's pipeline with its networks replaced by what the recorded run's stages gave."""
 
     def __init__(self, trace: _Trace) -> None:
         self._trace = trace
@@ -271,26 +293,17 @@ class _Pipeline(Pipeline):
             defaults=MODEL.defaults,
             keyframe_scheduler=MODEL.keyframe_scheduler,
             video_scheduler=MODEL.video_scheduler,
+            vocabulary=VOCABULARY,
         )
-        engines: Any = SimpleNamespace(get=self._engine, expect=lambda *stages: None)
+        model = SimpleNamespace(most_rows=None)
+        engines: Any = SimpleNamespace(get=self._engine, expect=lambda *stages: None, language_model=lambda task: model)
         self.manifest, self._engines = manifest, engines
         self._geometry, self._vocabulary, self._defaults = trace.geometry, VOCABULARY, MODEL.defaults
         self._observer, self._watch, self._text = ignore, Stopwatch(), trace.tokenizer
+        self._writer = _Writer(trace, engines, manifest, ignore, self._watch)
         self._keyframes: Any = SimpleNamespace(decode=self._decode_keyframe)
         self._videos: Any = SimpleNamespace(decode=self._decode_clip)
         self._motion_codes: list[int] = []
-
-    def _embed(self, ids: Sequence[Sequence[int]] | np.ndarray, task: str = "") -> np.ndarray:
-        return np.asarray(ids)[..., None]
-
-    def _tokens(self, context: np.ndarray, phase: Any, options: DecodingOptions, *rest: Any, **named: Any) -> Any:
-        sampling = None if options.greedy else (options.temperature, options.top_k, options.top_p)
-        values = {"prompt": context[:, 0].tolist(), "guidance": options.guidance, "sampling": sampling}
-        if phase.start == VOCABULARY.motion_start:
-            self._trace.add("motion ids", **values)
-        else:
-            self._trace.add("image ids", **values, bounds=(options.min_new, options.max_new))
-        yield from next(self._trace.written)
 
     def _engine(self, name: str, task: str | None = None) -> Any:
         codes = self._trace.picture_codes
