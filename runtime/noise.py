@@ -13,19 +13,15 @@ import numpy as np
 
 
 class Noise:
-    """Seeded source of noise. `seed` is any integer from 0 to 2**63 - 1."""
+    """Seeded source of noise. `seed` is any integer from 0 to 2**63 - 1, or what another source spawned."""
 
-    def __init__(self, seed: int) -> None:
-        self._generator = np.random.Generator(np.random.PCG64(seed))
+    def __init__(self, seed: int | np.random.SeedSequence) -> None:
+        self._seeds = seed if isinstance(seed, np.random.SeedSequence) else np.random.SeedSequence(seed)
+        self._generator = np.random.Generator(np.random.PCG64(self._seeds))
 
     def spawn(self, count: int) -> list[Noise]:
         """New sources that depend on the seed and on how many were made before, and take nothing of this one."""
-        made = []
-        for generator in self._generator.spawn(count):
-            noise = Noise(0)
-            noise._generator = generator
-            made.append(noise)
-        return made
+        return [Noise(seeds) for seeds in self._seeds.spawn(count)]
 
     def normal(self, *shape: int) -> np.ndarray:
         """Standard normal, float32, of `shape`."""
