@@ -182,12 +182,11 @@ def resolve(request: Request, geometry: Geometry, defaults: TaskDefaults) -> Res
             values["video_guidance"] = defaults.reconstruction_guidance
         elif field.name == "candidates" and (request.prompt is None or request.greedy):  # type: ignore[union-attr]
             values["candidates"] = 1
-        elif field.name == "sampled_motion":
-            several = (values.get("candidates") or getattr(request, "candidates", None) or 1) > 1  # type: ignore[operator]
-            values["sampled_motion"] = several or getattr(request, "image", None) is not None
         elif hasattr(defaults, field.name):
             values[field.name] = getattr(defaults, field.name)
     resolved: Resolved = replace(request, **values)  # type: ignore[arg-type]
+    if isinstance(request, VideoRequest) and request.sampled_motion is None:
+        resolved = replace(resolved, sampled_motion=resolved.image is not None or resolved.candidates > 1)
     _check(resolved, geometry)
     return resolved
 

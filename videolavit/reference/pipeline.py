@@ -81,7 +81,7 @@ class Reference:
         if settings.image is not None:
             prompt += self.picture_ids(settings.image, noise)
         images = [self.write_image_ids(prompt, settings, source) for source in _sources(settings, noise)]
-        ids = max(images, key=lambda ids: self.likelihood(settings, ids)) if len(images) > 1 else images[0]
+        ids, _ = self.best([(ids, None) for ids in images], settings)
         latents, image = self.decode_keyframe(ids, settings.size, settings, noise)
         return ImageResult(ids=tuple(ids), latents=latents, image=image)
 
@@ -186,11 +186,17 @@ class Reference:
             images = [self.write_image_ids(prompt, settings, source) for source in _sources(settings, noise)]
         else:
             images = [image_ids] * settings.candidates
-        tries = [
-            (ids, self.write_motion_ids(self.after(prompt, ids), settings, source))
+        motions = [
+            self.write_motion_ids(self.after(prompt, ids), settings, source)
             for ids, source in zip(images, _sources(settings, noise), strict=True)
         ]
-        return max(tries, key=lambda clip: self.likelihood(settings, *clip)) if len(tries) > 1 else tries[0]
+        return self.best(list(zip(images, motions, strict=True)), settings)
+
+    def best(self, candidates: Sequence[tuple[list[int], Any]], settings: Resolved) -> tuple[list[int], Any]:
+        """The one of (image ids, motion ids or None) that the prompt is likeliest to be said of; one alone unjudged."""
+        if len(candidates) == 1:
+            return candidates[0]
+        return max(candidates, key=lambda one: self.likelihood(settings, *one))
 
     def after(self, prompt: list[int], image_ids: list[int], motion_ids: list[int] | None = None) -> list[int]:
         """Ids of `prompt` and a picture or a clip, with the latter's markers."""
