@@ -1,8 +1,7 @@
 """How likely the language model is to say a prompt of what it has written: the best of several tries is chosen by it.
 
-Contract: text, the same for all rows, is read after pictures or clips, which stand at position 0. A model that was
-trained in both orders, text before pictures and after them (training notes of the specification), can do both, and the
-second is the easier: which of two shapes goes which way is sooner read than drawn.
+Contract: text, the same for all rows, is read after pictures or clips, which stand at position 0. It takes a model that
+was trained in both orders, text before what is seen and after it (training notes of the specification).
 """
 
 from __future__ import annotations
