@@ -242,7 +242,7 @@ def _check(request: Request, geometry: Geometry) -> None:
     if (candidates := getattr(request, "candidates", None)) is not None and candidates > 1:
         if prompt is None:
             raise UsageError(
-                f"--candidates {candidates}: the prompt tells which is best; give a PROMPT, or leave it out"
+                f"--candidates {candidates}: the prompt tells which is best; give a PROMPT, or leave --candidates out"
             )
         if request.greedy:  # type: ignore[union-attr]
             raise UsageError(f"--candidates {candidates}: with --greedy all are the same; leave one of the two out")
