@@ -31,6 +31,7 @@ from videolavit.shapes import (
     render_frame,
     sample_scene,
 )
+from videolavit.shapes.mistakes import altered, exchanged
 from videolavit.shapes.scene import HUES, REACH, STEPS
 
 seeds = st.integers(0, 100_000)
@@ -144,6 +145,26 @@ def test_what_is_said_is_true(seed, split, words):
     assert set(answers.get("kind", [])) <= {shape.kind for shape in scene.shapes}
     assert set(answers.get("colour", [])) <= {shape.colour for shape in scene.shapes}
     assert not any("mov" in question for question, _, _ in picture_questions(scene, rng))
+
+
+@settings(max_examples=60, deadline=None)
+@given(seeds, splits, st.integers(0, 2**32))
+def test_mistaken_scenes_differ_and_have_no_held_out_combination(seed, split, draws):
+    scene = sample_scene(seed, split=split)
+    found = exchanged(scene)
+    assert set(found) <= ({"motion", "colour", "kind"} if len(scene.shapes) == 2 else set())
+    for name, wrong in found.items():
+        assert sorted(str(getattr(s, name)) for s in wrong.shapes) == sorted(
+            str(getattr(s, name)) for s in scene.shapes
+        )
+        assert [getattr(s, name) for s in wrong.shapes] == [getattr(s, name) for s in scene.shapes][::-1]
+    other = altered(scene, np.random.default_rng(draws))
+    if other is not None:
+        found["altered"] = other
+        assert sum(a != b for a, b in zip(scene.shapes, other.shapes, strict=True)) <= 1
+    for wrong in found.values():
+        assert len({shape.colour for shape in wrong.shapes}) == len(scene.shapes)
+        assert not any(is_held_out(shape.colour, shape.kind, shape.motion.direction) for shape in wrong.shapes)
 
 
 @pytest.mark.parametrize("wrong", [{"split": "test"}, {"clips": 0}, {"shapes": 3}])

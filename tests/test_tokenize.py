@@ -72,6 +72,7 @@ def test_without_motion_fields_items_are_pictures(tmp_path: Path, tiny_checkpoin
     tokenize(plan_of(tiny_checkpoint, fields=("keyframe",), count=2), tmp_path / "out")
     item, picture = TokenizedDataset(tmp_path / "out")[1], ShapesSource(GEOMETRY).picture(1)
     assert item["captions"] == picture.captions and item["questions"] == picture.questions
+    assert item["negatives"] == picture.negatives
     assert np.array_equal(item["keyframe"][0].numpy(), picture.image)
 
 

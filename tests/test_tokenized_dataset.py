@@ -91,6 +91,7 @@ def test_every_field_equals_the_modules_own_output(everything: Path, media: Path
             pictures = [source.picture(index).image]
         assert item["captions"] == source.labels(index).captions
         assert item["questions"] == source.labels(index).questions
+        assert item["negatives"] == source.labels(index).negatives
         assert item["motion"].shape == (len(frames), 2, 24, *config.geometry.motion_grid)
         assert item["latents"].shape == (len(frames), 24, 4, 4, 8)
         with torch.inference_mode():
@@ -161,7 +162,7 @@ def test_missing_fields_name_the_command(everything: Path, tmp_path: Path, tiny_
     with pytest.raises(DataError, match=r"no field latents; run `videolavit tokenize .*--fields motion,latents`"):
         TokenizedDataset(tmp_path / "out", ["motion", "latents"])
     item = TokenizedDataset(everything, ["motion"])[0]
-    assert set(item) == {"motion", "captions", "questions", "index"}
+    assert set(item) == {"motion", "captions", "questions", "negatives", "index"}
     with pytest.raises(DataError, match="no tokenised folder"):
         TokenizedDataset(tmp_path)
     with pytest.raises(IndexError):

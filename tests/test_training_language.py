@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from runtime.errors import CheckpointError, UsageError
 from runtime.noise import Noise
@@ -22,15 +23,15 @@ from videolavit.checkpoints import Checkpoint, RandomWeights, load
 from videolavit.config import PRESETS, LanguageModelConfig
 from videolavit.models.components import COMPONENTS
 from videolavit.tokenizer_training import SHAPES_TOKENIZER
-from videolavit.training.data.examples import Question
+from videolavit.training.data.examples import Negative, Question
 from videolavit.training.data.tokenizing import Plan, tokenize
 from videolavit.training.loop import train
 from videolavit.training.settings import DataSettings, TrainSettings
 from videolavit.training.stage import StageContext, find_stage
 from videolavit.training.stages import sequences
 from videolavit.training.stages.instruct import InstructOptions, InstructStage
-from videolavit.training.stages.language_model import LanguageModelOptions, LanguageModelStage, PartWeights
-from videolavit.training.stages.sequences import ANSWER, CONTEXT, GENERATED, NO_LABEL, Layout, Mix
+from videolavit.training.stages.language_model import LanguageModelOptions, LanguageModelStage, Negatives, PartWeights
+from videolavit.training.stages.sequences import ANSWER, CONTEXT, GENERATED, NO_LABEL, WRONG, Layout, Mix
 from videolavit.training.stages.writing import HeldOut, TorchLanguageModel
 
 TINY = PRESETS["tiny"]
@@ -350,6 +351,85 @@ def test_motion_before_a_question_may_be_learnt_too(checkpoint: Checkpoint) -> N
         assert ANSWER in row.kinds
 
 
+@pytest.mark.parametrize("visual_first", [True, False])
+def test_a_caption_and_a_wrong_one_stand_with_the_same_clip(layout: Layout, visual_first: bool) -> None:
+    negative = Negative("a red circle moving right", "a blue circle moving right")
+    row = layout.telling(ITEMS[0], negative, visual_first=visual_first)
+    assert row.wrong is not None and row.wrong.wrong is None
+    spans = layout.spans(ITEMS[0])
+    for made, text, kind in ((row, negative.caption, GENERATED), (row.wrong, negative.wrong, WRONG)):
+        words = layout.text.encode(text)
+        assert made.ids == ([*spans, *words, EOS] if visual_first else [*words, *spans])
+        assert made.kinds == ([kind] * len(made.ids) if visual_first else [CONTEXT] * len(words) + [kind] * len(spans))
+
+
+@pytest.mark.parametrize("visual_first", [True, False])
+def test_the_loss_of_negatives_is_that_of_the_rows_read_alone(checkpoint: Checkpoint, visual_first: bool) -> None:
+    options = LanguageModelOptions(negatives=Negatives(share=1.0, weight=0.5), weights=PartWeights(motion=2.0))
+    trained = stage(LanguageModelStage, options, checkpoint)
+    layout, wrong = trained.layout, "a blue circle moving left"
+    told = [layout.telling(x, Negative(x["captions"][0], wrong), visual_first=visual_first) for x in ITEMS[1:4]]
+    others = [layout.generation(x, TEXT_FIRST, np.random.default_rng(0)) for x in ITEMS[4:7]]
+    nats = []  # of the right and of the wrong row: [K][2]
+    for row in told:
+        assert row.wrong is not None
+        pair = [replace(row, wrong=None), row.wrong]
+        nats.append([float(trained.module.predict(sequences.collate([one], 1))[1].sum().detach()) for one in pair])
+    expected = np.mean([np.log1p(np.exp(right - wrong)) for right, wrong in nats])
+    with torch.no_grad():
+        together = trained.module(sequences.collate([*others, *told], 3), torch.Generator(), 0)
+        alone = [replace(row, wrong=None) for row in told]
+        without = trained.module(sequences.collate([*others, *alone], 3), torch.Generator(), 0)
+    assert float(together["negatives"]) == pytest.approx(expected, rel=1e-4) and expected > 0.01
+    assert float(without["negatives"]) == 0
+    # Wrong rows are in no other loss.
+    assert float(together["loss"]) == pytest.approx(float(without["loss"]) + 0.5 * expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("visual_first", [0.0, 1.0])
+def test_right_is_told_from_wrong_after_some_steps(checkpoint: Checkpoint, visual_first: float) -> None:
+    options = LanguageModelOptions(negatives=Negatives(share=1.0, visual_first=visual_first))
+    trained = stage(LanguageModelStage, options, checkpoint)
+    wrong = [item(index)["captions"][0] for index in range(5, 21)]  # another colour and another way than the item's
+    told = [x | {"negatives": (Negative(x["captions"][0], no),)} for x, no in zip(ITEMS, wrong, strict=True)]
+    rows = sequences.Rows(told, 3, 50, trained.row)
+    optimizer = torch.optim.AdamW(trained.module.parameters(), lr=1e-2, weight_decay=0)
+    losses = []
+    for step in range(40):
+        batch = trained.collate([rows[step * 8 + at] for at in range(8)])
+        found = trained.module(batch, torch.Generator(), step)
+        found["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(found["negatives"].detach()))
+    assert np.mean(losses[-5:]) < 0.3 < 0.6 < np.mean(losses[:3])
+
+
+def test_negatives_come_as_often_as_asked_and_only_where_there_are_some(checkpoint: Checkpoint) -> None:
+    options = LanguageModelOptions(negatives=Negatives(share=0.5, visual_first=0.25))
+    trained = stage(LanguageModelStage, options, checkpoint)
+    rich = ITEMS[0] | {"negatives": (Negative("a red circle", "a blue circle"),)}
+    rows = [trained.row(rich, 0, np.random.default_rng(seed)) for seed in range(400)]
+    told = [row for row in rows if row is not None and row.wrong is not None]
+    assert 0.4 < len(told) / len(rows) < 0.6
+    first = [row.kinds[0] == GENERATED for row in told]
+    assert 0.15 < np.mean(first) < 0.35
+    poor = [trained.row(ITEMS[0] | {"negatives": ()}, 0, np.random.default_rng(seed)) for seed in range(20)]
+    assert all(row is not None and row.wrong is None for row in poor)
+
+
+def test_questions_about_captions_show_nothing(checkpoint: Checkpoint) -> None:
+    options = InstructOptions(generation=0.0, topics={"colour": 1.0}, reading=1.0)
+    trained = stage(InstructStage, options, checkpoint)
+    rows = [trained.row(ITEMS[1], 0, np.random.default_rng(seed)) for seed in range(40)]
+    asked = [row for row in rows if row is not None and row.features is None]
+    assert 0 < len(asked) < len(rows)  # the direction is no named topic, and is asked about the clip
+    for row in asked:
+        answer = trained.layout.answer_ids("green")
+        before = trained.layout.text.encode("a green circle moving right what colour is the circle?")
+        assert row.ids == [*before, *answer] and row.kinds == [CONTEXT] * len(before) + [ANSWER] * len(answer)
+
+
 def test_one_batch_of_answers_is_learnt_by_heart(checkpoint: Checkpoint) -> None:
     trained = stage(InstructStage, InstructOptions(generation=0), checkpoint)
     before = copy.deepcopy(trained.module.projector)
@@ -420,6 +500,28 @@ def test_a_topic_that_the_data_does_not_have_is_named(folders: tuple[Path, Path]
     InstructStage(context, InstructOptions(topics={"colour": 2.0})).dataset()
     with pytest.raises(UsageError, match=r"options\.topics coluor: no question of .*; there are: .*colour"):
         InstructStage(context, InstructOptions(topics={"colour": 2.0, "coluor": 2.0})).dataset()
+
+
+def test_data_without_negatives_is_named(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    tokens, source = folders
+    context = StageContext(
+        checkpoint=load(source),
+        data=DataSettings(source="tokenized", path=str(tokens)),
+        seed=0,
+        device=torch.device("cpu"),
+    )
+    options = LanguageModelOptions(negatives=Negatives(share=0.5))
+    assert LanguageModelStage(context, options).dataset().items.said(0).negatives
+    poor, folder = tmp_path / "poor", tmp_path / "pictures"
+    folder.mkdir()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(folder / "one.png")
+    (folder / "one.txt").write_text("a picture\n")
+    tokenize(
+        Plan(data=DataSettings(source="folder", path=str(folder)), checkpoint=source, fields=("visual_ids",)), poor
+    )
+    context = replace(context, data=DataSettings(source="tokenized", path=str(poor)))
+    with pytest.raises(UsageError, match=r"options\.negatives\.share 0\.5: no item of the data has negatives"):
+        LanguageModelStage(context, options).dataset()
 
 
 @pytest.mark.parametrize("name", ["language-model", "instruct"])

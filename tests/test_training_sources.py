@@ -21,7 +21,7 @@ from runtime.motion.mpeg4 import MotionSettings
 from runtime.motion.sources import understanding_clips
 from videolavit.training.data import open_source
 from videolavit.training.data.errors import DataError
-from videolavit.training.data.examples import Question
+from videolavit.training.data.examples import Negative, Question
 from videolavit.training.data.folder import FolderSource
 from videolavit.training.data.labels import from_json, from_jsonl, from_text
 from videolavit.training.data.media import in_memory
@@ -168,7 +168,10 @@ def test_labels_are_strict(tmp_path: Path) -> None:
 @given(st.lists(st.text(), max_size=5), st.lists(st.tuples(st.text(), st.text(), st.text()), max_size=3))
 def test_labels_survive_json(captions: list[str], asked: list[tuple[str, str, str]]) -> None:
     questions = [dict(zip(("question", "answer", "topic"), each, strict=True)) for each in asked]
-    labels = from_json(json.dumps({"captions": captions, "questions": questions}).encode(), "x")
+    negatives = [{"caption": caption, "wrong": caption[::-1]} for caption in captions]
+    said = {"captions": captions, "questions": questions, "negatives": negatives}
+    labels = from_json(json.dumps(said).encode(), "x")
+    assert labels.negatives == tuple(Negative(caption, caption[::-1]) for caption in captions)
     assert labels.captions == tuple(captions)
     assert labels.questions == tuple(Question(*each) for each in asked)
 

@@ -19,7 +19,7 @@ from runtime.images import resize_image, to_signed, tokenizer_pixels
 from runtime.motion.grid import TOKENIZER_SCALE, model_motion
 from runtime.noise import Noise
 from videolavit.checkpoints import Checkpoint
-from videolavit.training.data.examples import Question
+from videolavit.training.data.examples import Negative, Question
 from videolavit.training.data.fields import FIELDS, Size, components_of, latent_grid
 
 PICTURES_AT_ONCE = 32
@@ -34,7 +34,7 @@ class Item:
         index: in the source.
         pictures: [H, W, 3] uint8 each: the picture, or the key frames of the clips.
         frames, grid: [C, T, H, W, 3] and [C, T, 2, rows, columns], or None for a picture.
-        captions, questions: what is said about it.
+        captions, questions, negatives: what is said about it.
     """
 
     index: int
@@ -43,6 +43,7 @@ class Item:
     grid: np.ndarray | None = None
     captions: tuple[str, ...] = ()
     questions: tuple[Question, ...] = ()
+    negatives: tuple[Negative, ...] = ()
 
     @property
     def clips(self) -> int:

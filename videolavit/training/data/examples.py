@@ -14,6 +14,13 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 
+class Negative(NamedTuple):
+    """A caption, and one in nearly the same words that is wrong: what sets them apart has to be learnt to tell them."""
+
+    caption: str
+    wrong: str
+
+
 class Question(NamedTuple):
     """A question, its answer, and what it is about (may be empty)."""
 
@@ -29,6 +36,7 @@ class PictureExample:
     image: np.ndarray
     captions: tuple[str, ...] = ()
     questions: tuple[Question, ...] = ()
+    negatives: tuple[Negative, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +47,7 @@ class ClipExample:
         frames: [C * T, H, W, 3] uint8, at the model's frame rate; a clip's first frame is its key frame.
         grid: [C * T, 2, rows, columns] float32; zero in key frames.
         clip_count: C; the clips need not follow each other without a gap.
-        captions, questions: about the video as a whole.
+        captions, questions, negatives: about the video as a whole.
     """
 
     frames: np.ndarray
@@ -47,6 +55,7 @@ class ClipExample:
     clip_count: int = 1
     captions: tuple[str, ...] = ()
     questions: tuple[Question, ...] = ()
+    negatives: tuple[Negative, ...] = ()
 
     def per_clip(self) -> tuple[np.ndarray, np.ndarray]:
         """Frames [C, T, H, W, 3] and grids [C, T, 2, rows, columns]."""

@@ -1,8 +1,8 @@
 """What is said about a media file, read from the file beside it.
 
 Contract: NAME.txt has one caption a line; NAME.json has {"captions": [...], "questions": [{"question", "answer",
-"topic"}]}, both optional; a line of captions.jsonl has the same and "file". Unknown keys and wrong types are errors of
-one line that names the file.
+"topic"}], "negatives": [{"caption", "wrong"}]}, all optional; a line of captions.jsonl has the same and "file". Unknown
+keys and wrong types are errors of one line that names the file.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TypeVar
 import msgspec
 
 from videolavit.training.data.errors import DataError
-from videolavit.training.data.examples import Question
+from videolavit.training.data.examples import Negative, Question
 
 T = TypeVar("T")
 
@@ -25,9 +25,15 @@ class _Asked(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     topic: str = ""
 
 
+class _Told(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    caption: str
+    wrong: str
+
+
 class _Said(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     captions: tuple[str, ...] = ()
     questions: tuple[_Asked, ...] = ()
+    negatives: tuple[_Told, ...] = ()
 
 
 class _SaidOf(_Said, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -36,10 +42,11 @@ class _SaidOf(_Said, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 @dataclass(frozen=True)
 class Labels:
-    """Captions and questions of one item."""
+    """What is said about one item."""
 
     captions: tuple[str, ...] = ()
     questions: tuple[Question, ...] = ()
+    negatives: tuple[Negative, ...] = ()
 
 
 def from_text(content: bytes, where: str) -> Labels:
@@ -52,7 +59,7 @@ def from_text(content: bytes, where: str) -> Labels:
 
 
 def from_json(content: bytes, where: str) -> Labels:
-    """Captions and questions of a .json file. Raises DataError naming `where` and the key."""
+    """What a .json file says. Raises DataError naming `where` and the key."""
     return _labels(_decode(content, _Said, where))
 
 
@@ -81,4 +88,5 @@ def _decode(content: bytes, kind: type[T], where: str) -> T:
 
 
 def _labels(said: _Said) -> Labels:
-    return Labels(said.captions, tuple(Question(q.question, q.answer, q.topic) for q in said.questions))
+    questions = tuple(Question(q.question, q.answer, q.topic) for q in said.questions)
+    return Labels(said.captions, questions, tuple(Negative(n.caption, n.wrong) for n in said.negatives))

@@ -45,7 +45,9 @@ class MediaSource(ABC):
         labels = self.labels(index)
         with self.opened(index) as path:
             image = read_picture(path, self.moves(index), self.geometry)
-        return PictureExample(image=image, captions=labels.captions, questions=labels.questions)
+        return PictureExample(
+            image=image, captions=labels.captions, questions=labels.questions, negatives=labels.negatives
+        )
 
     def clip(self, index: int) -> ClipExample:
         labels = self.labels(index)
@@ -59,4 +61,5 @@ class MediaSource(ABC):
             clip_count=read.count,
             captions=labels.captions,
             questions=labels.questions,
+            negatives=labels.negatives,
         )

@@ -25,9 +25,13 @@ from videolavit.shapes import (
     sample_scene,
 )
 from videolavit.shapes.clips import clips
-from videolavit.training.data.examples import ClipExample, PictureExample, Question
+from videolavit.shapes.mistakes import altered, exchanged
+from videolavit.training.data.examples import ClipExample, Negative, PictureExample, Question
 
 WORDINGS = 4  # captions drawn per item; equal ones count once
+# Wordings of what is easily mistaken for a scene: most where a model learns least by itself.
+EXCHANGED = {"motion": 6, "colour": 2, "kind": 2}
+ALTERED = 3
 
 
 class ShapesSource:
@@ -90,6 +94,7 @@ class ShapesSource:
             image=render_frame(scene, 0),
             captions=_wordings(picture_caption, scene, rng),
             questions=tuple(Question(*asked) for asked in picture_questions(scene, rng)),
+            negatives=_negatives(picture_caption, scene, rng),
         )
 
     def clip(self, index: int) -> ClipExample:
@@ -101,10 +106,24 @@ class ShapesSource:
             clip_count=len(parts),
             captions=_wordings(caption, scene, rng),
             questions=tuple(Question(*asked) for asked in questions(scene, rng)),
+            negatives=_negatives(caption, scene, rng),
         )
 
 
-def _wordings(
-    say: Callable[[Scene, np.random.Generator], str], scene: Scene, rng: np.random.Generator
-) -> tuple[str, ...]:
+Say = Callable[[Scene, np.random.Generator], str]
+
+
+def _negatives(say: Say, scene: Scene, rng: np.random.Generator) -> tuple[Negative, ...]:
+    """Captions beside those of mistaken scenes in the same words, where the latter say anything else."""
+    wrongs = [wrong for name, wrong in exchanged(scene).items() for _ in range(EXCHANGED[name])]
+    wrongs += [wrong for wrong in (altered(scene, rng) for _ in range(ALTERED)) if wrong is not None]
+    seeds = rng.integers(2**62, size=len(wrongs)).tolist()
+    pairs = [
+        Negative(*(say(of, np.random.default_rng(seed)) for of in (scene, wrong)))
+        for wrong, seed in zip(wrongs, seeds, strict=True)
+    ]
+    return tuple(dict.fromkeys(pair for pair in pairs if pair.caption != pair.wrong))
+
+
+def _wordings(say: Say, scene: Scene, rng: np.random.Generator) -> tuple[str, ...]:
     return tuple(dict.fromkeys(say(scene, rng) for _ in range(WORDINGS)))

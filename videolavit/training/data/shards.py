@@ -4,7 +4,8 @@ Contract: a shard is two files. shard-NNNNN.safetensors has for every field an a
 (a ragged field NAME: `NAME`, its rows joined, and `NAME.offsets` int64 [rows + 1]), and three more int64 arrays of
 [items + 1]: `picture.offsets` and `clip.offsets`, the rows at which an item's pictures and clips start, and
 `text.offsets`, where its line starts in shard-NNNNN.jsonl, plus `index` [items], its index in the source. A line is a
-JSON object with `captions` and `questions` ([question, answer, topic] each). Both files appear whole or not at all.
+JSON object with `captions`, `questions` ([question, answer, topic] each) and `negatives` ([caption, wrong] each). Both
+files appear whole or not at all.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from runtime.bundle import sha256_of
 from runtime.files import published, writing
 from videolavit.config import ModelConfig
 from videolavit.training.data.encoding import Item
-from videolavit.training.data.examples import Question
+from videolavit.training.data.examples import Negative, Question
 from videolavit.training.data.fields import FIELDS, Size
 from videolavit.training.data.index import FieldInfo, Shard
 
@@ -34,6 +35,7 @@ class Text(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     captions: tuple[str, ...] = ()
     questions: tuple[Question, ...] = ()
+    negatives: tuple[Negative, ...] = ()
 
 
 class ShardWriter:
@@ -51,7 +53,7 @@ class ShardWriter:
         for name, part in rows.items():
             self._rows[name].extend(part)
         for item in items:
-            line = msgspec.json.encode(Text(item.captions, item.questions)) + b"\n"
+            line = msgspec.json.encode(Text(item.captions, item.questions, item.negatives)) + b"\n"
             self._indices.append(item.index)
             self._lines.append(line)
             self._pictures.append(self._pictures[-1] + len(item.pictures))

@@ -35,8 +35,8 @@ class TokenizedDataset(Dataset[dict[str, Any]]):
 
     An item is a dict with the wanted `fields` (None: all), ready to compute with: floats are float32, ids int64, key
     frames uint8. The first axis of a field is the item's clips or pictures, also where there is one; a ragged field
-    is a list of tensors [n]. Beside them stand `captions` (tuple of str), `questions` (tuple of `Question`) and `index`
-    (the item's index in its source).
+    is a list of tensors [n]. Beside them stand `captions` (tuple of str), `questions` (of `Question`), `negatives` (of
+    `Negative`) and `index` (the item's index in its source).
 
     Raises:
         DataError: the folder is missing, unfinished or damaged, or does not have one of the fields.
@@ -74,7 +74,7 @@ class TokenizedDataset(Dataset[dict[str, Any]]):
         return shard.item(place)
 
     def said(self, index: int) -> Text:
-        """Captions and questions of item `index`, without its arrays.
+        """What is said about item `index`, without its arrays.
 
         Raises IndexError beyond the last item, DataError when they cannot be read.
         """
@@ -156,7 +156,7 @@ class _OpenShard:
             else:
                 found[name] = self._slices[name][start:end].to(_LOADED[info.dtype])
         text = self.said(index)
-        return found | {"captions": text.captions, "questions": text.questions}
+        return found | {"captions": text.captions, "questions": text.questions, "negatives": text.negatives}
 
     def said(self, index: int) -> Text:
         start, end = self._between(self._offsets["text"], index)

@@ -283,9 +283,16 @@ class _Worker:
                 grid=grid,
                 captions=example.captions,
                 questions=example.questions,
+                negatives=example.negatives,
             )
         picture = self.source.picture(index)
-        return Item(index=index, pictures=[picture.image], captions=picture.captions, questions=picture.questions)
+        return Item(
+            index=index,
+            pictures=[picture.image],
+            captions=picture.captions,
+            questions=picture.questions,
+            negatives=picture.negatives,
+        )
 
 
 _worker: _Worker | None = None  # of a process of the pool

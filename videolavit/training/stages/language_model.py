@@ -2,6 +2,9 @@
 
 Objective (training notes of the specification): next-token cross-entropy over mixed rows in both orders, [text, visual]
 and [visual, text], pictures and videos; the text is dropped at random, so that guidance has an unconditional branch.
+Captions can be told from wrong ones besides (`negatives`). Which of two things does what hardly counts among all ids of
+a clip, and may never be learnt from them; where only that sets two captions apart, it is all that counts (hard
+negatives, as for CLIP in arXiv 2210.01936, here with the likelihoods of the one model).
 Rows are those of `videolavit.training.stages.sequences`. Padding stands on the right, where the causal mask alone keeps
 it from every real position, and the vocabulary's scores are computed at learnt positions only.
 """
@@ -18,9 +21,10 @@ import torch.nn.functional as F
 from accelerate.utils import send_to_device  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
+from runtime.errors import UsageError
 from runtime.vocabulary import Vocabulary
 from videolavit.training.data.tokenized import TokenizedDataset
-from videolavit.training.settings import Count, CountOrNone, NotNegative
+from videolavit.training.settings import Count, CountOrNone, NotNegative, Share
 from videolavit.training.stage import Stage, StageContext
 from videolavit.training.stages import sequences
 from videolavit.training.stages.clips import More, check_shares, tokenized_folder
@@ -54,12 +58,28 @@ class Validation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     temperature: float | None = None
 
 
+class Negatives(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Captions told from wrong ones.
+
+    Attributes:
+        share: of the generation rows of items that have negatives.
+        visual_first: share of these in the order [visual, text], in which the texts' likelihoods are compared; in the
+            other it is what is seen that has to be likelier after the right text.
+        weight: of the loss, softplus(log p(wrong row) - log p(right row)), beside the others.
+    """
+
+    share: Share = 0.0
+    visual_first: Share = 0.5
+    weight: NotNegative = 1.0
+
+
 class LanguageModelOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Options of the stage `language-model`.
 
     Attributes:
         mix: forms of rows.
         weights: of the parts of the vocabulary.
+        negatives: captions told from wrong ones.
         repeats: how often an item comes in an epoch, each time with other words and another form.
         more: other tokenised folders and their shares; the rest of the rows are of `data.path`.
         groups: runs of rows of like length that a batch is computed in; more save padding, fewer are larger.
@@ -69,6 +89,7 @@ class LanguageModelOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unk
 
     mix: Mix = Mix()
     weights: PartWeights = PartWeights()
+    negatives: Negatives = Negatives()
     repeats: Count = 1
     more: list[More] = msgspec.field(default_factory=list)
     groups: Count = 4
@@ -81,6 +102,7 @@ class SequenceModel(nn.Module):
 
     Args:
         answers: what the mean loss of answers counts beside that of generation rows.
+        negatives: what the mean loss of telling captions from wrong ones counts.
     """
 
     def __init__(
@@ -91,15 +113,16 @@ class SequenceModel(nn.Module):
         *,
         projector: nn.Module | None = None,
         answers: float = 1.0,
+        negatives: float = 0.0,
     ) -> None:
         super().__init__()
         self.language_model = language_model
         self.projector = projector
-        self.vocabulary, self.weights, self.answers = vocabulary, weights, answers
+        self.vocabulary, self.weights, self.answers, self.negatives = vocabulary, weights, answers, negatives
 
     def forward(self, batch: dict[str, Any], generator: torch.Generator, step: int) -> dict[str, Tensor]:
         """batch of `sequences.collate`, with `merged` [M, W] where it has places -> losses in nats per token."""
-        _, losses, labels, kinds = self.predict(batch)
+        _, losses, labels, kinds, rows = self.predict(batch)
         text, image = labels < self.vocabulary.text_size, labels < self.vocabulary.motion_start
         weights = self.weights
         worth = torch.where(text, weights.text, torch.where(image, weights.image, weights.motion))
@@ -108,11 +131,18 @@ class SequenceModel(nn.Module):
         if self.projector is not None:
             parts["answer"] = answered
         loss = _mean(losses, generated * worth) + self.answers * _mean(losses, answered)
+        means = {name: _mean(losses.detach(), mask) for name, mask in parts.items()}
+        if self.negatives:
+            nats = torch.zeros(len(batch["ids"]), device=losses.device).index_add(0, rows, losses)  # [B]
+            pairs = batch.get("pairs", rows.new_zeros(0, 2))  # [K, 2]
+            told = F.softplus(nats[pairs[:, 0]] - nats[pairs[:, 1]]).sum() / max(1, len(pairs))
+            loss = loss + self.negatives * told
+            means["negatives"] = told.detach()
         # All parts, always, because processes average what they log by name; 0 for one that is not in the batch.
-        return {"loss": loss, **{name: _mean(losses.detach(), mask) for name, mask in parts.items()}}
+        return {"loss": loss, **means}
 
-    def predict(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """At all n learnt positions of a batch: likeliest id, loss, label and kind, [n] each; and by rows of them."""
+    def predict(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """At all n learnt positions of a batch, by rows: likeliest id, loss, label, kind and row, [n] each."""
         model = self.language_model
         embeds = model.get_input_embeddings()(batch["ids"])  # [B, S, D]
         if self.projector is not None and "merged" in batch:
@@ -125,9 +155,10 @@ class SequenceModel(nn.Module):
             hidden = model.model(inputs_embeds=embeds[start:stop, :longest], use_cache=False).last_hidden_state
             scores = model.lm_head(hidden[learnt]).float()  # [n, V]
             losses = F.cross_entropy(scores, labels[learnt], reduction="none")
-            found.append((scores.detach().argmax(-1), losses, labels[learnt], kinds[learnt]))
-        best, losses, labels, kinds = (torch.cat(part) for part in zip(*found, strict=True))
-        return best, losses, labels, kinds
+            rows = start + learnt.nonzero()[:, 0]
+            found.append((scores.detach().argmax(-1), losses, labels[learnt], kinds[learnt], rows))
+        best, losses, labels, kinds, rows = (torch.cat(part) for part in zip(*found, strict=True))
+        return best, losses, labels, kinds, rows
 
 
 def _mean(values: Tensor, weights: Tensor) -> Tensor:
@@ -153,13 +184,30 @@ class LanguageModelStage(Stage):
 
     def build_module(self) -> SequenceModel:
         language_model = trainable(self.context, "language_model")
-        return SequenceModel(language_model, self.context.checkpoint.config.vocabulary, self.options.weights)
+        return SequenceModel(
+            language_model,
+            self.context.checkpoint.config.vocabulary,
+            self.options.weights,
+            negatives=self.told(),
+        )
 
     def dataset(self) -> sequences.Rows:  # type: ignore[override]
         folder = tokenized_folder(self.context.data, self.fields, self.name)
         check_shares(self.options.more)
         more = [(self._items(other.path), other.share) for other in self.options.more]
-        return sequences.Rows(self._items(folder), self.context.seed, self.options.repeats, self.row, more)
+        rows = sequences.Rows(self._items(folder), self.context.seed, self.options.repeats, self.row, more)
+        if self.options.negatives.share:
+            folders = [rows.items, *(items for items, _ in rows.more)]
+            if not any(items.said(index).negatives for items in folders for index in range(len(items))):
+                raise UsageError(
+                    f"options.negatives.share {self.options.negatives.share}: no item of the data has negatives; give "
+                    "some beside its captions, or tokenise the world of shapes again"
+                )
+        return rows
+
+    def told(self) -> float:
+        """What the loss of telling captions from wrong ones counts; 0 where there are none."""
+        return float(self.options.negatives.weight) if self.options.negatives.share else 0.0
 
     def _items(self, folder: Path | str) -> TokenizedDataset:
         """The tokenised folder `folder`; one of pictures alone has no motion."""
@@ -170,6 +218,10 @@ class LanguageModelStage(Stage):
 
     def row(self, item: Item, index: int, rng: np.random.Generator) -> Row | None:
         """The row that draw `index` makes of `item`."""
+        negatives, options = item.get("negatives", ()), self.options.negatives
+        if options.share and negatives and rng.random() < options.share:
+            negative = negatives[int(rng.integers(len(negatives)))]
+            return self.layout.telling(item, negative, visual_first=rng.random() < options.visual_first)
         return self.layout.generation(item, self.options.mix, rng)
 
     def collate(self, items: list[Any]) -> dict[str, Any]:

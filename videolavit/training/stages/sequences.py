@@ -5,7 +5,9 @@ every picture or clip, image_start, visual ids, image_end and, for a clip, motio
 (reference semantics §12); the other order ends with the text and `</s>`. Without its text it is what a picture alone
 gives, and its beginning, like that of motion alone, is the unconditional context of guidance (§10.4). A conversation
 row is the prompt of `runtime.prompts`, the picture's place filled with slots for continuous features (§13.2), and the
-answer with its separator. Numbers are drawn from the generator that is passed in.
+answer with its separator. A telling row is a generation row of either order with another row beside it that has a wrong
+text, and a reading row asks about a caption where nothing is seen. Numbers are drawn from the generator that is passed
+in.
 """
 
 from __future__ import annotations
@@ -28,10 +30,12 @@ from runtime.prompts import STOP, question_ids
 from runtime.tokenizers import TextTokenizer
 from runtime.vocabulary import EOS, UNK, Vocabulary
 from videolavit.training.data.encoding import keep_draw
+from videolavit.training.data.examples import Negative
 from videolavit.training.settings import Share
 from videolavit.training.stages.clips import give_way
 
-CONTEXT, GENERATED, ANSWER = 0, 1, 2  # kinds of positions: only the latter two are learnt
+# Kinds of positions: context is not learnt, and with a wrong text nothing but that it makes a row less likely.
+CONTEXT, GENERATED, ANSWER, WRONG = 0, 1, 2, 3
 NO_LABEL = -100
 TRIES = 1000  # items that may have no row to give, one after the other
 SLOT = UNK  # stands where a feature is put; never looked up
@@ -57,13 +61,17 @@ class Mix(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
 @dataclass
 class Row:
-    """Ids, the kind of each, the positions of feature slots, and the features [n, N, W] and keep draws [n, N]."""
+    """Ids, the kind of each, the positions of feature slots, and the features [n, N, W] and keep draws [n, N].
+
+    `wrong` is a row of the same picture or clip with a wrong text.
+    """
 
     ids: list[int] = field(default_factory=list)
     kinds: list[int] = field(default_factory=list)
     slots: list[int] = field(default_factory=list)
     features: Tensor | None = None
     keep: Tensor | None = None
+    wrong: Row | None = None
 
     def add(self, ids: Sequence[int], kind: int) -> None:
         self.ids += ids
@@ -110,6 +118,31 @@ class Layout:
             row.add(words, GENERATED if mix.learn_prompts else CONTEXT)
             row.add(spans, GENERATED)
         return self._cut(row)
+
+    def telling(self, item: Item, negative: Negative, *, visual_first: bool) -> Row:
+        """The caption with what is seen, and beside it the row with the wrong caption.
+
+        Both rows have the same ids learnt but for the text after what is seen, so that their sums compare p(text |
+        visual) in this order and p(visual | text) in the other.
+        """
+        rows = []
+        for text, kind in ((negative.caption, GENERATED), (negative.wrong, WRONG)):
+            row, words, spans = Row(), self.text.encode(text), self.spans(item)
+            if visual_first:
+                row.add([*spans, *words, EOS], kind)
+            else:
+                row.add(words, CONTEXT)
+                row.add(spans, kind)
+            rows.append(self._cut(row))
+        rows[0].wrong = rows[1]
+        return rows[0]
+
+    def reading(self, caption: str, question: str, answer: str) -> Row:
+        """A caption, a question about it and the answer, which is learnt."""
+        row = Row()
+        row.add(self.text.encode(f"{caption} {question}"), CONTEXT)
+        row.add(self.answer_ids(answer), ANSWER)
+        return row
 
     def conversation(
         self, item: Item, question: str, answer: str, key: tuple[int, int], *, learn_motion: bool = False
@@ -199,10 +232,12 @@ def collate(rows: Sequence[Row], groups: int) -> dict[str, Any]:
 
     Returns:
         ids [B, S] with UNK as padding; labels [B, S]: the id to be written after each position or NO_LABEL; kinds
-        [B, S] of the labels; groups: (first row, end, positions) of runs of rows with little padding; and with
-        features: features [P, N, W], keep [P, N], places [M, 2]: row and position of every kept patch in their order.
+        [B, S] of the labels; groups: (first row, end, positions) of runs of rows with little padding; with features:
+        features [P, N, W], keep [P, N], places [M, 2]: row and position of every kept patch in their order; and with
+        wrong texts: pairs [K, 2], the rows of the right and of the wrong text.
     """
-    rows = sorted(rows, key=lambda row: len(row.ids))
+    told = [(row, row.wrong) for row in rows if row.wrong is not None]
+    rows = sorted([*rows, *(wrong for _, wrong in told)], key=lambda row: len(row.ids))
     longest = len(rows[-1].ids)
     ids = torch.full((len(rows), longest), UNK)
     labels, kinds = torch.full_like(ids, NO_LABEL), torch.full_like(ids, CONTEXT)
@@ -220,4 +255,7 @@ def collate(rows: Sequence[Row], groups: int) -> dict[str, Any]:
         batch["features"] = torch.cat([row.features for _, row in seen if row.features is not None])
         batch["keep"] = torch.cat([row.keep for _, row in seen if row.keep is not None])
         batch["places"] = torch.tensor([(index, slot) for index, row in seen for slot in row.slots])
+    if told:
+        at = {id(row): index for index, row in enumerate(rows)}
+        batch["pairs"] = torch.tensor([(at[id(right)], at[id(wrong)]) for right, wrong in told])
     return batch
