@@ -111,8 +111,8 @@ class InstructStage(LanguageModelStage):
         if rng.random() < self.options.contrasts and not _contrast(asked):
             return None
         question = asked[int(rng.integers(len(asked)))]
-        captions = item["captions"]
-        if question.topic in self.options.topics and captions and rng.random() < self.options.reading:
+        captions, reading = item["captions"], self.options.reading
+        if reading and question.topic in self.options.topics and captions and rng.random() < reading:
             caption = captions[int(rng.integers(len(captions)))]
             return self.layout.reading(caption, question.question, question.answer)
         learn_motion = rng.random() < self.options.motion
