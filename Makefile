@@ -90,6 +90,8 @@ shapes-model: $(VENV)/.dev
 	$(call TOKENIZE,videos-fresh) --count 2000 --seed 11 --fields latents,keyframe,motion_latent,motion_ids
 	$(call TRAIN,video-detokenizer,-noisy-fourth,shapes-deep)
 	$(call TRAIN,video-detokenizer,-whole-third,shapes-deep)
+	$(call TRAIN,instruct,-negatives,shapes-deep)
+	$(call TRAIN,instruct,-told,shapes-deep)
 	rm -rf checkpoints/shapes && cp -r build/shapes-deep checkpoints/shapes
 	$(MAKE) bundle quality
 

@@ -54,6 +54,8 @@ STAGES = {
     "instruct-pairs": "answers",
     "video-detokenizer-noisy-fourth": "error",
     "video-detokenizer-whole-third": "psnr",
+    "instruct-negatives": "negatives",
+    "instruct-told": "answers",
 }
 POINTS = 12  # of a curve
 ROWS = 8  # of a table
