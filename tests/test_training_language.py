@@ -487,6 +487,7 @@ def test_figures_on_held_out_scenes(checkpoint: Checkpoint) -> None:
     held_out = trained.held_out()
     assert isinstance(held_out, HeldOut) and len(held_out.items) == 2
     assert {"answers", "answers colour", "held-out loss", "held-out motion"} <= set(figures)
+    assert not {"held-out answer", "held-out text", "held-out negatives"} & set(figures)  # no row has any
     assert all(0 <= figures[name] <= 1 for name in figures if name.startswith(("answers", "direction")))
 
 

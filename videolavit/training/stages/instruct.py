@@ -47,8 +47,7 @@ class InstructOptions(LanguageModelOptions, frozen=True, kw_only=True, forbid_un
             generation rows. Which of two shapes moves which way is told by where the motion is, and to foresee it the
             model has to look at what stands there.
         reading: share of the questions of the named `topics` that are asked about a caption, with nothing to be seen:
-            every caption has to answer them. What is said of which of two shapes is learnt there within few steps, and
-            a clip cannot be written without it.
+            every caption has to answer them. To write a clip, what is said of which of two shapes has to be known.
     """
 
     generation: Share = 0.3
@@ -88,12 +87,12 @@ class InstructStage(LanguageModelStage):
             self.options.weights,
             projector=copy.deepcopy(frozen.vit_proj).requires_grad_(True).train(),
             answers=self.options.answers,
-            negatives=self.told(),
+            negatives=self.options.negatives.counts,
         )
 
     def dataset(self) -> Rows:  # type: ignore[override]
         rows = super().dataset()
-        _check_topics(self.options.topics, [rows.items, *(items for items, _ in rows.more)])
+        _check_topics(self.options.topics, rows.folders)
         return rows
 
     def row(self, item: Item, index: int, rng: np.random.Generator) -> Row | None:

@@ -72,6 +72,11 @@ class Negatives(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     visual_first: Share = 0.5
     weight: NotNegative = 1.0
 
+    @property
+    def counts(self) -> float:
+        """What their loss counts beside the others: `weight`, or 0 when none are asked for."""
+        return float(self.weight) if self.share else 0.0
+
 
 class LanguageModelOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Options of the stage `language-model`.
@@ -188,7 +193,7 @@ class LanguageModelStage(Stage):
             language_model,
             self.context.checkpoint.config.vocabulary,
             self.options.weights,
-            negatives=self.told(),
+            negatives=self.options.negatives.counts,
         )
 
     def dataset(self) -> sequences.Rows:  # type: ignore[override]
@@ -196,18 +201,13 @@ class LanguageModelStage(Stage):
         check_shares(self.options.more)
         more = [(self._items(other.path), other.share) for other in self.options.more]
         rows = sequences.Rows(self._items(folder), self.context.seed, self.options.repeats, self.row, more)
-        if self.options.negatives.share:
-            folders = [rows.items, *(items for items, _ in rows.more)]
-            if not any(items.said(index).negatives for items in folders for index in range(len(items))):
-                raise UsageError(
-                    f"options.negatives.share {self.options.negatives.share}: no item of the data has negatives; give "
-                    "some beside its captions, or tokenise the world of shapes again"
-                )
+        share = self.options.negatives.share
+        if share and not any(items.said(index).negatives for items in rows.folders for index in range(len(items))):
+            raise UsageError(
+                f"options.negatives.share {share}: no item of the data has negatives; give some beside its captions, "
+                "or tokenise the world of shapes again"
+            )
         return rows
-
-    def told(self) -> float:
-        """What the loss of telling captions from wrong ones counts; 0 where there are none."""
-        return float(self.options.negatives.weight) if self.options.negatives.share else 0.0
 
     def _items(self, folder: Path | str) -> TokenizedDataset:
         """The tokenised folder `folder`; one of pictures alone has no motion."""
@@ -236,7 +236,8 @@ class LanguageModelStage(Stage):
         rng = np.random.default_rng(0)
         rows = [self.layout.generation(item, mix, rng) for item in held_out.items]
         batch = self.prepare(send_to_device(self.collate(rows), self.context.device), generator)
-        losses = {f"held-out {name}": float(value) for name, value in self.module(batch, generator, 0).items()}
+        # 0 is what a part has that no row has.
+        losses = {f"held-out {name}": float(loss) for name, loss in self.module(batch, generator, 0).items() if loss}
         return losses | held_out.generation(self.module.language_model, self.layout, self.options.validation)
 
     def held_out(self) -> HeldOut | None:

@@ -120,22 +120,22 @@ class Layout:
         return self._cut(row)
 
     def telling(self, item: Item, negative: Negative, *, visual_first: bool) -> Row:
-        """The caption with what is seen, and beside it the row with the wrong caption.
+        """The row of the caption, and as its `wrong` that of the wrong one.
 
-        Both rows have the same ids learnt but for the text after what is seen, so that their sums compare p(text |
-        visual) in this order and p(visual | text) in the other.
+        Of [visual, text] all ids have a likelihood, of which the visual ids' are the same in both rows; of [text,
+        visual] the visual ids alone. So comparing sums compares p(text | visual) or p(visual | text).
         """
-        rows = []
-        for text, kind in ((negative.caption, GENERATED), (negative.wrong, WRONG)):
-            row, words, spans = Row(), self.text.encode(text), self.spans(item)
+        right, wrong, spans = Row(), Row(), self.spans(item)
+        for row, text, kind in ((right, negative.caption, GENERATED), (wrong, negative.wrong, WRONG)):
+            words = self.text.encode(text)
             if visual_first:
                 row.add([*spans, *words, EOS], kind)
             else:
                 row.add(words, CONTEXT)
                 row.add(spans, kind)
-            rows.append(self._cut(row))
-        rows[0].wrong = rows[1]
-        return rows[0]
+            self._cut(row)
+        right.wrong = wrong
+        return right
 
     def reading(self, caption: str, question: str, answer: str) -> Row:
         """A caption, a question about it and the answer, which is learnt."""
@@ -208,6 +208,11 @@ class Rows(Dataset[Row]):
         more: Sequence[tuple[Any, float]] = (),
     ) -> None:
         self.items, self.seed, self.repeats, self.make, self.more = items, seed, repeats, make, tuple(more)
+
+    @property
+    def folders(self) -> list[Any]:
+        """All that rows are made of: `items`, and the others."""
+        return [self.items, *(items for items, _ in self.more)]
 
     def __len__(self) -> int:
         return len(self.items) * self.repeats
