@@ -31,7 +31,10 @@ def exchanged(scene: Scene) -> dict[str, Scene]:
 
 
 def altered(scene: Scene, rng: np.random.Generator) -> Scene | None:
-    """`scene` with another colour, kind or direction of one shape; None when that is no combination to be learnt."""
+    """`scene` with a colour, kind or direction of one shape drawn anew, by chance the same.
+
+    None for a combination that is held out, and where two shapes would have one colour, which tells them apart.
+    """
     at = int(rng.integers(len(scene.shapes)))
     shape = scene.shapes[at]
     turned = replace(shape.motion, direction=DIRECTIONS[int(rng.integers(len(DIRECTIONS)))])
@@ -43,7 +46,7 @@ def altered(scene: Scene, rng: np.random.Generator) -> Scene | None:
     changed = options[int(rng.integers(3 if shape.motion.direction else 2))]
     shapes = (*scene.shapes[:at], changed, *scene.shapes[at + 1 :])
     if len({shape.colour for shape in shapes}) < len(shapes) or not _trained(shapes):
-        return None  # two shapes are told apart by their colours
+        return None
     return replace(scene, shapes=shapes)
 
 
