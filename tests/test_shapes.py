@@ -158,6 +158,8 @@ def test_mistaken_scenes_say_nearly_the_same_and_have_no_held_out_combination(se
             str(getattr(s, name)) for s in scene.shapes
         )
         assert [getattr(s, name) for s in wrong.shapes] == [getattr(s, name) for s in scene.shapes][::-1]
+        said, true = (sorted(f" and {plain_caption(each)}".split(" and a")) for each in (wrong, scene))
+        assert said != true, name
     other = altered(scene, np.random.default_rng(draws))
     if other is not None:
         found["altered"] = other

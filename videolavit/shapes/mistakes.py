@@ -11,13 +11,14 @@ from dataclasses import replace
 
 import numpy as np
 
-from videolavit.shapes.scene import COLOURS, DIRECTIONS, KINDS, Scene, Shape, is_held_out
+from videolavit.shapes.scene import COLOURS, DIRECTIONS, KINDS, Scene, Shape, Speed, is_held_out
 
 
 def exchanged(scene: Scene) -> dict[str, Scene]:
     """By name, `scene` with the motion, colour or kind of its two shapes exchanged; nothing for one shape.
 
-    Each says the same of the scene as a whole: only what belongs to which shape tells them apart.
+    Each says the same of the scene as a whole: only what belongs to which shape tells them apart. What would be true
+    of `scene` where a caption leaves sizes and speeds unsaid is left out.
     """
     if len(scene.shapes) != 2:
         return {}
@@ -27,27 +28,44 @@ def exchanged(scene: Scene) -> dict[str, Scene]:
         "colour": (replace(one, colour=other.colour), replace(other, colour=one.colour)),
         "kind": (replace(one, kind=other.kind), replace(other, kind=one.kind)),
     }
-    return {name: replace(scene, shapes=shapes) for name, shapes in pairs.items() if _trained(shapes)}
+    return {
+        name: replace(scene, shapes=shapes)
+        for name, shapes in pairs.items()
+        if _trained(shapes) and _said(shapes) != _said((one, other))
+    }
 
 
 def altered(scene: Scene, rng: np.random.Generator) -> Scene | None:
-    """`scene` with a colour, kind or direction of one shape drawn anew, by chance the same.
+    """`scene` with colour, kind or direction of one shape drawn anew, by chance the same, or size or speed reversed.
 
-    None for a combination that is held out, and where two shapes would have one colour, which tells them apart.
+    None for a combination that is held out, and where two shapes would have one colour, which tells them apart. A shape
+    that is neither small nor large, slow nor quick stays so: a caption that leaves the class unsaid is true of any.
     """
     at = int(rng.integers(len(scene.shapes)))
     shape = scene.shapes[at]
-    turned = replace(shape.motion, direction=DIRECTIONS[int(rng.integers(len(DIRECTIONS)))])
-    options = (
+    motion = shape.motion
+    options = [
         replace(shape, colour=COLOURS[int(rng.integers(len(COLOURS)))]),
         replace(shape, kind=KINDS[int(rng.integers(len(KINDS)))]),
-        replace(shape, motion=turned),
-    )
-    changed = options[int(rng.integers(3 if shape.motion.direction else 2))]
+    ]
+    if motion.direction is not None:
+        turned = DIRECTIONS[int(rng.integers(len(DIRECTIONS)))]
+        options.append(replace(shape, motion=replace(motion, direction=turned)))
+    if shape.size is not None:
+        options.append(replace(shape, size="small" if shape.size == "large" else "large"))
+    if motion.speed is not None:
+        other: Speed = "slowly" if motion.speed == "quickly" else "quickly"
+        options.append(replace(shape, motion=replace(motion, speed=other)))
+    changed = options[int(rng.integers(len(options)))]
     shapes = (*scene.shapes[:at], changed, *scene.shapes[at + 1 :])
     if len({shape.colour for shape in shapes}) < len(shapes) or not _trained(shapes):
         return None
     return replace(scene, shapes=shapes)
+
+
+def _said(shapes: tuple[Shape, ...]) -> list[str]:
+    """What every caption says of `shapes`, in an order of its own."""
+    return sorted(f"{shape.colour} {shape.kind} {shape.motion.deed} {shape.motion.direction}" for shape in shapes)
 
 
 def _trained(shapes: tuple[Shape, ...]) -> bool:

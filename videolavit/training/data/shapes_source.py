@@ -31,7 +31,7 @@ from videolavit.training.data.examples import ClipExample, Negative, PictureExam
 WORDINGS = 4  # captions drawn per item; equal ones count once
 # Wordings of what is easily mistaken for a scene: most where a model learns least by itself.
 EXCHANGED = {"motion": 6, "colour": 2, "kind": 2}
-ALTERED = 3
+ALTERED = 6
 
 
 class ShapesSource:
