@@ -41,11 +41,12 @@ ONNX = {
     "bf16": "bf16",
     "int8": "int8",
     "int4": "int4",
+    "fp32, UNets fp8": "fp32,keyframe_unet=fp8,video_unet=fp8",
     "fp32, UNets int8": "fp32,keyframe_unet=int8,video_unet=int8",
     "fp32, language model int8": "fp32,language_model=int8",
     "fp32, language model int4": "fp32,language_model=int4",
 }
-RTX = ("fp32", "fp16", "bf16", "int8", "int4")
+RTX = ("fp32", "fp16", "bf16", "fp8", "int8", "int4")
 CAPABILITIES = ("8.6", "8.9", "12.0")
 PARTS = "prompts,two-shapes,questions,reconstruction"
 
@@ -94,8 +95,9 @@ class Bench:
 
 
 def is_finding(status: int, complaint: Sequence[str]) -> bool:
-    """Whether a command's end is one of what is measured: a missed bound, or what TensorRT does not take."""
-    refused = status == UsageError.exit_code and any("--backend onnx" in line for line in complaint)
+    """Whether a command's end is one of what is measured: a missed bound, or what TensorRT or the GPU does not take."""
+    reasons = ("--backend onnx", "has no fp8")
+    refused = status == UsageError.exit_code and any(reason in line for line in complaint for reason in reasons)
     return refused or (status == ParityError.exit_code and bool(complaint))
 
 

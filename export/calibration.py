@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from export.settings import EngineSettings
+from export.settings import EIGHT_BITS, EngineSettings
 from runtime.geometry import MACROBLOCK
 from runtime.images import resize_image, to_signed
 from runtime.noise import Noise
@@ -57,15 +57,22 @@ CONDITIONS = {
 
 
 class Clip(msgspec.Struct, frozen=True):
-    """Magnitudes that the input of a product, and the result of a convolution before its bias, are clipped at."""
+    """Magnitudes that codes of a product's input, and of a convolution's result before its bias, reach up to.
+
+    Attributes:
+        inputs: of evenly spaced codes; what is larger is cut.
+        largest: of the inputs, nothing cut.
+        results: as `inputs`; None for matrix products.
+    """
 
     inputs: float
+    largest: float
     results: float | None
 
 
 def calibrated_with(name: str, settings: EngineSettings) -> tuple[str, ...]:
     """Components on which the files of engine `name` depend although it is not made from them."""
-    return CONDITIONS.get(name, ()) if settings.precision == "int8" else ()
+    return CONDITIONS.get(name, ()) if settings.precision in EIGHT_BITS else ()
 
 
 def calibrate(
@@ -82,7 +89,9 @@ def calibrate(
             pass
     checkpoint.release()
     results = {tensor: seen.clip() for tensor, seen in watch.results.items()}
-    return {tensor: Clip(seen.clip(), results.get(tensor)) for tensor, seen in watch.inputs.items()}
+    return {
+        tensor: Clip(seen.clip(), seen.largest or 1.0, results.get(tensor)) for tensor, seen in watch.inputs.items()
+    }
 
 
 def denoised(checkpoint: Checkpoint, name: str, calibration: Calibration = HELD_OUT) -> Iterator[tuple[Arrays, Arrays]]:

@@ -35,7 +35,7 @@ MIB = 2**20
 @click.option("--backend", type=click.Choice(get_args(Backend)), help="Kind of engines.  [default: onnx]")
 @click.option(
     "--precision",
-    help="fp32, fp16, bf16, int8 or int4; ENGINE=PRECISION for one engine; several separated by commas.  "
+    help="fp32, fp16, bf16, fp8, int8 or int4; ENGINE=PRECISION for one engine; several separated by commas.  "
     "[default: fp32]",
 )
 @click.option("--tasks", help="What the bundle is for, separated by commas.  [default: generate,understand]")

@@ -26,8 +26,8 @@ from export.hollow import trace_hollow
 from export.language_model.source import arrays
 from export.language_model.writing import write_language_model
 from export.narrow import narrow
-from export.quantised_unet import quantise_unet
-from export.settings import EngineSettings
+from export.quantised_unet import FP8, ONNX_RUNTIME_INT8, TENSORRT_INT8, quantise_unet
+from export.settings import EIGHT_BITS, EngineSettings
 from export.stream import write_streamed
 from runtime.apart import apart
 from runtime.backends.onnxruntime import OnnxRuntimeEngine, OnnxRuntimeLanguageModel
@@ -73,9 +73,10 @@ def write_engine(checkpoint: Checkpoint, name: str, path: Path, settings: Engine
             return write_language_model(config.language_model, config.vocabulary.size, arrays(stored), path, settings)
     traced = split_gates(trace_hollow(config, GRAPHS[name]))
     onnx_runtime = settings.backend == "onnx"
-    if settings.precision == "int8":
-        rest = traced if onnx_runtime else narrow(traced, TensorProto.FLOAT16)
-        quantised = quantise_unet(rest, calibrate(checkpoint, name, settings), onnx_runtime=onnx_runtime)
+    if settings.precision in EIGHT_BITS:
+        form = FP8 if settings.precision == "fp8" else ONNX_RUNTIME_INT8 if onnx_runtime else TENSORRT_INT8
+        rest = traced if form == ONNX_RUNTIME_INT8 else narrow(traced, TensorProto.FLOAT16)
+        quantised = quantise_unet(rest, calibrate(checkpoint, name, settings), form)
         return write_streamed(fuse_attention(quantised) if onnx_runtime else quantised, checkpoint.weights, path)
     half = _HALF.get(settings.precision)
     # ONNX Runtime has hardly an operator in bfloat16 on the CPU: it stores the weights and computes in float32.

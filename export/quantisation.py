@@ -3,8 +3,8 @@
 Contract: a matrix W [out, in] becomes integer codes [in, out] and positive scales, with W^T ~ codes * scale. Scales are
 exact in float16, so engines that compute in float16 and in float32 see the same weights. Zero is code 0. Int4 scales
 stand for `block` consecutive inputs of one output, [in / block, out]; so do int8 scales, unless they stand for a whole
-output, [out]. The scale of an int4 block is the one of a few candidates with the least squared error.
-Only a slab of the matrix is in float32 at a time.
+output, [out]. The scale of an int4 block is the one of a few candidates with the least squared error. Codes in 8-bit
+floating point (E4M3) always have a scale for a whole output. Only a slab of the matrix is in float32 at a time.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from ml_dtypes import float8_e4m3fn
 
 from runtime.errors import UsageError
 
 LIMITS = {4: (-8, 7), 8: (-127, 127)}  # smallest and largest code
 # Magnitude that a block's largest weight is coded as. 7 clips nothing; more makes finer steps at the price of clipping.
 CANDIDATES = {4: (7.0, 7.5, 8.0, 8.75), 8: (127.0,)}
+FP8_LARGEST = 448.0  # of E4M3, which has no infinity
 BLOCKS = (64, 32, 16)  # sizes tried, in this order, where the caller names none
 SLAB = 1 << 19  # elements in float32 at a time: they stay in the processor's cache
 
@@ -70,6 +72,24 @@ def quantise(matrix: np.ndarray, bits: int, block: int) -> Quantised:
         codes[:, start : start + rows] = coded.reshape(-1, inputs).T
         scales[:, start : start + rows] = scale.T
     return Quantised(codes, scales if block else scales[0], block)
+
+
+def quantise_fp8(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """`matrix` [out, in] of any float type -> codes [out, in] float8_e4m3fn, and scales [out] float16.
+
+    The largest weight of an output has the largest code. A matrix with values that are not finite, or too large for
+    float16 scales, gets scales that are not finite.
+    """
+    codes = np.empty(matrix.shape, float8_e4m3fn)
+    scales = np.empty(len(matrix), np.float16)
+    rows = max(1, SLAB // matrix.shape[1])
+    for start in range(0, len(matrix), rows):
+        slab = matrix[start : start + rows].astype(np.float32)
+        with np.errstate(all="ignore"):
+            scale = _round_up(np.abs(slab).max(axis=1) / np.float32(FP8_LARGEST))
+            codes[start : start + rows] = slab / scale.astype(np.float32)[:, None]
+        scales[start : start + rows] = scale
+    return codes, scales
 
 
 def pack_int4(codes: np.ndarray) -> np.ndarray:

@@ -22,7 +22,7 @@ from runtime.errors import UsageError
 from videolavit.inventory import UNDERSTANDING
 
 Backend = Literal["onnx", "tensorrt", "tensorrt-rtx"]
-Precision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
+Precision = Literal["fp32", "fp16", "bf16", "fp8", "int8", "int4"]
 Flavour = Literal["gqa", "native", "plain"]
 Task = Literal["generate", "understand"]
 
@@ -31,6 +31,8 @@ TASKS: tuple[Task, ...] = get_args(Task)
 WIDE = ("keyframe_vae_encoder", "keyframe_vae_decoder", "video_vae_encoder")
 # Their activations are quantised too, in ranges measured while they denoise (`export.calibration`).
 UNETS = ("keyframe_unet", "video_unet")
+EIGHT_BITS: tuple[Precision, ...] = ("fp8", "int8")  # of the UNets
+FP8_SINCE = (8, 9)  # compute capability
 PROFILES = Path(__file__).resolve().parent.parent / "engines" / "profiles"
 _FLOATS: tuple[Precision, ...] = ("fp32", "fp16", "bf16")
 
@@ -131,6 +133,10 @@ class ExportSettings:
                 raise UsageError(f"engine {name}: ONNX Runtime multiplies no matrices in bf16 on the CPU; take fp16")
             if engine.backend != "onnx" and engine.flavour == "gqa":
                 raise UsageError(f"engine {name}: flavour gqa is ONNX Runtime's own; take native or plain")
+        for name in UNETS if "generate" in self.tasks else ():
+            engine = self.for_engine(name)
+            if engine.backend == "tensorrt-rtx" or engine.compute_capabilities:
+                check_fp8(name, engine)
 
     def for_engine(self, name: str) -> EngineSettings:
         """Settings of engine `name`."""
@@ -145,11 +151,28 @@ class ExportSettings:
         )
 
 
+def check_fp8(engine: str, settings: EngineSettings) -> None:
+    """Raise UsageError where a TensorRT engine in fp8 is to run on a GPU without it."""
+    if settings.precision != "fp8" or settings.backend == "onnx":
+        return
+    old = [each for each in settings.compute_capabilities if _numbers(each) < FP8_SINCE]
+    if old or not settings.compute_capabilities:
+        what = f"compute capability {', '.join(old)} has" if old else "a plan for every GPU is for some that have"
+        raise UsageError(
+            f"engine {engine}: {what} no fp8; name GPUs from {FP8_SINCE[0]}.{FP8_SINCE[1]} on under "
+            "compute_capabilities in a profile, or take int8 or fp16"
+        )
+
+
+def _numbers(capability: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in capability.split("."))
+
+
 def precisions(engine: str) -> tuple[Precision, ...]:
     """Precisions an engine can be built in."""
     if engine == LANGUAGE_MODEL:
         return (*_FLOATS, "int8", "int4")
-    return (*_FLOATS, "int8") if engine in UNETS else _FLOATS
+    return (*_FLOATS, *EIGHT_BITS) if engine in UNETS else _FLOATS
 
 
 def default_precision(engine: str, wanted: Precision, backend: Backend) -> Precision:

@@ -11,14 +11,14 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
 import onnx
 
 from export.graphs.registry import LANGUAGE_MODEL
-from export.settings import EngineSettings
+from export.settings import EngineSettings, check_fp8
 from export.tensorrt_shapes import Profile, Range, capacities, profiles
 from export.tensorrt_worker import Report, Request, Spans
 from runtime.backends import cuda, tensorrt_library
@@ -77,6 +77,7 @@ def build_plan(
         library=tensorrt_library.version(settings.backend),
         compute_capabilities=_compute_capabilities(engine, settings),
     )
+    check_fp8(engine, replace(settings, compute_capabilities=built_for.compute_capabilities))
     if settings.refittable:
         _need_gpu(engine)
     first, *rest = shapes
