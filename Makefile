@@ -92,6 +92,15 @@ shapes-model: $(VENV)/.dev
 	$(call TRAIN,video-detokenizer,-whole-third,shapes-deep)
 	$(call TRAIN,instruct,-negatives,shapes-deep)
 	$(call TRAIN,instruct,-told,shapes-deep)
+	$(call TOKENIZE,two-shapes-more) --count 7000 --seed 14 --shapes 2 --fields $(PICTURE_FIELDS),motion_ids
+	$(call TOKENIZE,clips-third) --count 3000 --seed 15 --fields $(PICTURE_FIELDS),motion_ids
+	$(call TOKENIZE,pictures-third) --count 1500 --seed 16 --fields $(PICTURE_FIELDS)
+	$(call TOKENIZE,pairs-third) --count 400 --seed 17 --clips 2 --fields $(PICTURE_FIELDS),motion_ids
+	$(call TRAIN,instruct,-told-more,shapes-deep)
+	$(call TOKENIZE,videos-two) --count 1200 --seed 13 --shapes 2 --fields latents,keyframe,motion_latent,motion_ids
+	$(call TOKENIZE,videos-third) --count 600 --seed 18 --fields latents,keyframe,motion_latent,motion_ids
+	$(call TOKENIZE,scenery-more,scenery) --count 350 --seed 19 --fields latents,keyframe,motion_latent,motion_ids
+	$(call TRAIN,video-detokenizer,-whole-fourth,shapes-deep)
 	rm -rf checkpoints/shapes && cp -r build/shapes-deep checkpoints/shapes
 	$(MAKE) bundle quality
 

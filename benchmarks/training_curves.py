@@ -3,7 +3,8 @@
     PYTHONPATH=. python benchmarks/training_curves.py build/runs -o docs/shapes-model.md --machine "2 cores"
 
 Contract: reads `settings.json`, `versions.json`, `metrics.csv` and `validation.csv` of each run and nothing else, so
-the page says what was run, not what a recipe says. Stages stand in the order in which they are trained.
+the page says what was run, not what a recipe says. Stages stand in the order in which they are trained. Those whose
+runs are gone are taken as they stand on an earlier page, `--before`.
 """
 
 from __future__ import annotations
@@ -56,6 +57,8 @@ STAGES = {
     "video-detokenizer-whole-third": "psnr",
     "instruct-negatives": "negatives",
     "instruct-told": "answers",
+    "instruct-told-more": "answers",
+    "video-detokenizer-whole-fourth": "psnr",
 }
 POINTS = 12  # of a curve
 ROWS = 8  # of a table
@@ -96,31 +99,55 @@ def read(folder: Path, stage: str) -> Run:
     )
 
 
-def page(runs: list[Run], machine: str) -> str:
-    """The document."""
+@dataclass(frozen=True)
+class Part:
+    """What the page says of one stage: its row of the table and its section; the seconds that the row names."""
+
+    row: str
+    section: str
+    seconds: float
+
+
+def part(run: Run) -> Part:
+    """What there is to say of a run."""
+    last = run.validation[-1] if run.validation else run.metrics[-1]
+    shown = ", ".join(f"{name} {_short(value)}" for name, value in last.items() if name != "step")
+    steps, batch = run.metrics[-1]["step"], run.settings["batch_size"]
+    row = f"| [{run.stage}](#{run.stage}) | {steps} | {batch} | {run.seconds:.0f} | {shown} |"
+    return Part(row, "\n".join([f"## {run.stage}", *_curve(run), *_table(run)]), run.seconds)
+
+
+def parts_of(text: str) -> dict[str, Part]:
+    """What an earlier page says of its stages."""
+    head, *sections = text.rstrip().split("\n\n## ")
+    rows = {stage: line for line in head.splitlines() for stage in STAGES if line.startswith(f"| [{stage}]")}
+    by_stage = {section.partition("\n")[0]: f"## {section}" for section in sections}
+    return {stage: Part(row, by_stage[stage], float(row.split(" | ")[3])) for stage, row in rows.items()}
+
+
+def page(runs: list[Run], before: dict[str, Part], machine: str) -> str:
+    """The document: stages of `runs`, and those of `before` that are none of them."""
     versions = " ".join(f"{name} {version}" for name, version in runs[-1].versions.items() if name != "videolavit")
-    lines = [
-        "# The shapes model, as it was trained",
-        "",
-        f"By `benchmarks/training_curves.py` from the folders of the runs, {max(run.ended for run in runs)}.",
-        f"Machine: {machine}. {versions}.",
-        "What the model can do is measured in [quality.md](quality.md), what the stages are is in",
-        "[training.md](training.md), and `make shapes-model` trains it again.",
-        "",
-        "| stage | steps | batch | seconds | end of the run |",
-        "|---|---|---|---|---|",
-    ]
-    for run in runs:
-        last = run.validation[-1] if run.validation else run.metrics[-1]
-        shown = ", ".join(f"{name} {_short(value)}" for name, value in last.items() if name != "step")
-        steps, batch = run.metrics[-1]["step"], run.settings["batch_size"]
-        lines.append(f"| [{run.stage}](#{run.stage}) | {steps} | {batch} | {run.seconds:.0f} | {shown} |")
-    lines.append(
-        f"\nIn all {sum(run.seconds for run in runs) / 3600:.1f} hours in steps, without the tokenising of data."
+    own = {run.stage: part(run) for run in runs}
+    parts = [(own.get(stage) or before[stage]) for stage in STAGES]
+    return "\n".join(
+        [
+            "# The shapes model, as it was trained",
+            "",
+            f"By `benchmarks/training_curves.py` from the folders of the runs, {max(run.ended for run in runs)}.",
+            f"Machine: {machine}. {versions}.",
+            "What the model can do is measured in [quality.md](quality.md), what the stages are is in",
+            "[training.md](training.md), and `make shapes-model` trains it again.",
+            "",
+            "| stage | steps | batch | seconds | end of the run |",
+            "|---|---|---|---|---|",
+            *(each.row for each in parts),
+            "",
+            f"In all {sum(each.seconds for each in parts) / 3600:.1f} hours in steps, without the tokenising of data.",
+            *(f"\n{each.section}" for each in parts),
+            "",
+        ]
     )
-    for run in runs:
-        lines += ["", f"## {run.stage}", *_curve(run), *_table(run)]
-    return "\n".join(lines) + "\n"
 
 
 def _curve(run: Run) -> list[str]:
@@ -166,11 +193,14 @@ def main() -> None:
     parser.add_argument("runs", type=Path)
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--machine", required=True, help="what it was trained on, in words")
+    parser.add_argument("--before", type=Path, help="earlier page with the stages that have no run")
     given = parser.parse_args()
-    missing = [stage for stage in STAGES if not (given.runs / stage / "metrics.csv").is_file()]
-    if missing:
-        sys.exit(f"error: {given.runs}: has no run of {', '.join(missing)}; train those stages first")
-    given.output.write_text(page([read(given.runs, stage) for stage in STAGES], given.machine))
+    before = parts_of(given.before.read_text()) if given.before else {}
+    there = [stage for stage in STAGES if (given.runs / stage / "metrics.csv").is_file()]
+    missing = [stage for stage in STAGES if stage not in there and stage not in before]
+    if missing or not there:
+        sys.exit(f"error: {given.runs}: has no run of {', '.join(missing or STAGES)}; train those stages first")
+    given.output.write_text(page([read(given.runs, stage) for stage in there], before, given.machine))
 
 
 if __name__ == "__main__":
