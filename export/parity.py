@@ -5,7 +5,7 @@ magnitude; of an integer output at most `CODE_TOLERANCE` of the values differ. B
 A UNet in int8 or fp8 is compared where it denoises, because inputs of another spread than it was calibrated for say
 nothing of it, and held to `UNET_TOLERANCE`: its activations are rounded too. In int8 that was measured to cost 0.04 of
 the scale on a UNet after a little training and up to 0.21 on random weights, whose features grow from step to step;
-fp8, with three bits behind its point, had twice that at the least noise, 0.47 on the shapes model, and less where there
+fp8, with three bits behind its point, had twice that at the least noise, 0.5 on the shapes model, and less where there
 is more. These bounds find an engine that is wrong; what rounding does to pictures is for `export.end_to_end` to show.
 Anything else, a value that is not finite included, is a ParityError that names engine, output and sizes. The result is
 the comparison that came nearest to its bound.
