@@ -22,7 +22,8 @@ from runtime.errors import EnvironmentProblem
 from videolavit.config import ModelConfig
 from videolavit.inventory import inventory, module_of
 
-BYTES = {"fp32": 2.0, "fp16": 2.0, "bf16": 2.0, "fp8": 1.07, "int8": 1.07, "int4": 0.57}  # a weight on disk
+# A weight on disk; checkpoints are in half.
+BYTES = {"fp32": 2.0, "fp16": 2.0, "bf16": 2.0, "fp8": 1.07, "int8": 1.07, "int4": 0.57}
 PROCESS = 900 * 2**20  # torch, the exporter and ONNX Runtime, bytes
 TRACING = 6.0  # seconds an engine takes whatever its size
 READING = 60e6  # parameters written per second

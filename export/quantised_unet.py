@@ -29,7 +29,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from export.calibration import Clip
 from export.hollow import Traced, Weight
-from export.quantisation import FP8_LARGEST, quantise, quantise_fp8
+from export.quantisation import FP8_LARGEST, LIMITS, quantise, quantise_fp8
 
 FEWEST = 1024  # elements of a weight: below, an integer product saves nothing
 # The ends, and what reads the stream of features between blocks, which no norm has brought into one range.
@@ -55,9 +55,13 @@ class CodeForm:
     largest: float
     results: bool
 
+    @property
+    def floating(self) -> bool:
+        return self.weights != TensorProto.INT8
 
-ONNX_RUNTIME_INT8 = CodeForm(TensorProto.UINT8, TensorProto.INT8, 128, 127, results=True)
-TENSORRT_INT8 = CodeForm(TensorProto.INT8, TensorProto.INT8, 0, 127, results=False)
+
+ONNX_RUNTIME_INT8 = CodeForm(TensorProto.UINT8, TensorProto.INT8, 128, LIMITS[8][1], results=True)
+TENSORRT_INT8 = CodeForm(TensorProto.INT8, TensorProto.INT8, 0, LIMITS[8][1], results=False)
 FP8 = CodeForm(TensorProto.FLOAT8E4M3FN, TensorProto.FLOAT8E4M3FN, 0, FP8_LARGEST, results=False)
 
 
@@ -130,9 +134,8 @@ class _Quantising:
         del graph.node[:], graph.input[:]
         graph.node.extend(self.nodes)
         graph.input.extend(inputs)
-        floating = self.form.weights != TensorProto.INT8
-        if floating or TensorProto.FLOAT16 in self.kinds.values():
-            opset, version = _FP8 if floating else _HALF
+        if self.form.floating or TensorProto.FLOAT16 in self.kinds.values():
+            opset, version = _FP8 if self.form.floating else _HALF
             next(entry for entry in self.model.opset_import if not entry.domain).version = opset
             self.model.ir_version = max(self.model.ir_version, version)
         return Traced(self.model, self.signature, {name: w for name, w in self.weights.items() if name in used})
@@ -150,7 +153,7 @@ class _Quantising:
 
     def _product(self, node: onnx.NodeProto, name: str, part: _Part) -> None:
         kind, clip, result = self.kinds[name], self.clips[part.tensor], node.output[0]
-        largest = clip.inputs if self.form.weights == TensorProto.INT8 else clip.largest
+        largest = clip.largest if self.form.floating else clip.inputs
         node.input[0] = self._coded(node.input[0], largest, kind, f"{result}.input")
         node.input[1] = self._coded_weight(name, part, kind)
         bias = node.input.pop() if len(node.input) > 2 else None

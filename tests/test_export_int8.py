@@ -12,6 +12,7 @@ import onnxruntime
 import pytest
 import torch
 from onnx import numpy_helper
+from quantised_graphs import products
 
 from export.build import plan
 from export.calibration import Calibration, _Magnitudes, calibrate, calibrated_with, denoised, scene
@@ -39,16 +40,6 @@ def quantised(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) 
     folder = tmp_path_factory.mktemp("int8")
     built = build_engine(checkpoint, "keyframe_unet", folder, INT8, compare=True)
     return folder / "keyframe_unet.onnx", built
-
-
-def products(model: onnx.ModelProto) -> dict[str, bool]:
-    """Convolutions and products of matrices by name, and whether both factors come from codes."""
-    made_by = {name: node.op_type for node in model.graph.node for name in node.output}
-    return {
-        node.name: all(made_by.get(name) == "DequantizeLinear" for name in node.input[:2])
-        for node in model.graph.node
-        if node.op_type in ("Conv", "MatMul", "Gemm")
-    }
 
 
 # Against torch

@@ -164,6 +164,8 @@ def test_mistaken_scenes_say_nearly_the_same_and_have_no_held_out_combination(se
     if other is not None:
         found["altered"] = other
         assert sum(a != b for a, b in zip(scene.shapes, other.shapes, strict=True)) <= 1
+        for a, b in zip(scene.shapes, other.shapes, strict=True):
+            assert (a.size is None, a.motion.speed is None) == (b.size is None, b.motion.speed is None)
     for wrong in found.values():
         assert len({shape.colour for shape in wrong.shapes}) == len(scene.shapes)
         assert not any(is_held_out(shape.colour, shape.kind, shape.motion.direction) for shape in wrong.shapes)
