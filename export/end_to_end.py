@@ -56,11 +56,11 @@ class Bounds:
     ssim: float
 
 
-# From the highest precision to the lowest, with room for other models. The worst task of the shapes model
-# (docs/benchmarks/precisions.md; fp8 by `verify` alone) had in fp32 all ids, 9e-7, 80 dB; in fp16 all ids, 8e-4, 65
-# dB; in bf16 98 % of the ids, 0.004, 56 dB; in fp8 all ids, 0.11, 36 dB, SSIM 0.98; in int8 8 of 9 ids, 0.26, 28
-# dB, SSIM 0.94; with its language model in int4 4 of 7 ids, and the preset `tiny` with random weights 46 %. For
-# comparison, a key frame made from another seed differed by 0.19 to 0.39.
+# From the highest precision to the lowest, with room for other models, but not for a picture of another seed. The worst
+# task of the shapes model (docs/benchmarks/precisions.md; fp8 by `verify` alone) had in fp32 all ids, 9e-7, 80 dB; in
+# fp16 all ids, 8e-4, 65 dB; in bf16 98 % of the ids, 0.004, 56 dB; in fp8 all ids, 0.11, 36 dB, SSIM 0.98; in int8 8 of
+# 9 ids, 0.26, 28 dB, SSIM 0.94; with its language model in int4 4 of 7 ids, and the preset `tiny` with random weights
+# 46 %.
 BOUNDS = {
     "fp32": Bounds(1.0, 1e-3, 50.0, 0.999),
     "fp16": Bounds(0.95, 0.02, 40.0, 0.99),
