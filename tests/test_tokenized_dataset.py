@@ -20,8 +20,12 @@ from training_samples import GEOMETRY, contents, plan_of, write_media
 from runtime.errors import CheckpointError
 from runtime.images import resize_image, to_signed, tokenizer_pixels
 from runtime.motion.grid import model_motion
+from runtime.noise import Noise
+from runtime.requests import ImageRequest, resolve
 from videolavit.checkpoints import Checkpoint, initialise, load, publish_components
-from videolavit.training.data.encoding import Item, keep_draw
+from videolavit.reference import keyframes
+from videolavit.reference.pipeline import Reference
+from videolavit.training.data.encoding import REBUILDING, Item, keep_draw
 from videolavit.training.data.errors import DataError
 from videolavit.training.data.fields import FIELDS
 from videolavit.training.data.folder import FolderSource
@@ -30,6 +34,7 @@ from videolavit.training.data.shards import ShardWriter
 from videolavit.training.data.tokenized import TokenizedDataset
 from videolavit.training.data.tokenizing import Plan, tokenize
 from videolavit.training.settings import DataSettings
+from videolavit.training.stages.sequences import Layout
 
 
 @pytest.fixture(scope="module")
@@ -114,8 +119,26 @@ def test_every_field_equals_the_modules_own_output(everything: Path, media: Path
                 keep = keep_draw(logits[0].numpy(), 5, index, k)
                 codes = visual.codes(visual.merge(features, torch.from_numpy(keep)[None]))[0][keep > 0]
                 assert torch.equal(item["visual_ids"][k], codes + vocabulary.first_visual)
+                key = np.random.SeedSequence([5, index, k, REBUILDING]).generate_state(1, np.uint64)
+                again = redrawn(checkpoint, picture, item["visual_ids"][k].tolist(), Noise(int(key[0]) >> 1))
+                close = np.abs(item["rebuilt_keyframe"][k].numpy().astype(int) - again) <= 2
+                assert close.mean() > 0.99 and not np.array_equal(again, item["keyframe"][k].numpy())
     assert item["motion_ids"].dtype == item["visual_ids"][0].dtype == torch.int64
     assert len({len(ids) for index in range(3) for ids in dataset[index]["visual_ids"]}) > 1  # really ragged
+
+
+def redrawn(checkpoint: Checkpoint, picture: np.ndarray, ids: list[int], noise: Noise) -> np.ndarray:
+    """`picture` at 64 x 32 redrawn by the reference from the half of its steps on."""
+    config, size = checkpoint.config, (64, 32)
+    reference = Reference(checkpoint, config, Layout(checkpoint.tokenizer, config.vocabulary, 8).text)
+    plain = resolve(ImageRequest(prompt="a"), config.geometry, config.defaults)
+    steps = plain.keyframe_steps
+    clean = keyframes.encode(
+        checkpoint.component("keyframe_vae"), torch.from_numpy(to_signed(resize_image(picture, size)))[None]
+    )
+    level = steps // 2
+    start = keyframes.noised(clean, config.keyframe_scheduler, steps=steps, level=level, noise=noise)
+    return reference.decode_keyframe(ids, size, plain, noise, start, level)[1]
 
 
 @settings(max_examples=25, deadline=None)

@@ -15,7 +15,7 @@ from diffusers import EulerDiscreteScheduler
 
 from runtime.errors import UsageError
 from runtime.geometry import Geometry
-from videolavit.checkpoints import Checkpoint, RandomWeights
+from videolavit.checkpoints import Checkpoint, RandomWeights, load
 from videolavit.config import (
     PRESETS,
     ModelConfig,
@@ -26,6 +26,7 @@ from videolavit.config import (
 )
 from videolavit.models.motion_tokenizer import MotionTokenizer
 from videolavit.reference import clips as reference
+from videolavit.training.data.errors import DataError
 from videolavit.training.data.tokenizing import Plan, tokenize
 from videolavit.training.loop import _Trainer, train
 from videolavit.training.settings import DataSettings, TrainSettings
@@ -41,6 +42,7 @@ from videolavit.training.stages.motion_tokenizer import (
 )
 from videolavit.training.stages.video_detokenizer import (
     FIELDS,
+    REBUILT,
     VideoDetokenizerOptions,
     VideoDetokenizerStage,
     moved,
@@ -274,6 +276,22 @@ def test_conditions_are_those_of_the_sampler_and_go_together() -> None:
     torch.testing.assert_close(prepared["latents"], batch["latents"] * tiny().video_vae.scaling_factor)
 
 
+def test_a_share_of_clips_starts_from_the_rebuilt_key_frame() -> None:
+    batch = video_batch(64)
+    batch[REBUILT] = 255 - batch["keyframe"]
+    plain = {"tokenized_motion": 0.0, "augmentation_mean": -30.0}
+    true, rebuilt = (
+        detokenizer(**plain).prepare({**batch, "keyframe": batch[name]}, generator())["pictures"]
+        for name in ("keyframe", REBUILT)
+    )
+    pictures = detokenizer(rebuilt=0.5, **plain).prepare(batch, generator())["pictures"]
+    of = [
+        [torch.allclose(found, expected, atol=1e-4) for found, expected in zip(pictures, given, strict=True)]
+        for given in (true, rebuilt)
+    ]
+    assert all(one != other for one, other in zip(*of, strict=True)) and 16 < sum(of[1]) < 48
+
+
 def test_noise_and_its_weighting() -> None:
     stage = detokenizer(noise_mean=0.3, noise_deviation=1.1, drop=0.0)
     stage.module.unet = recorder = Recorder()
@@ -407,6 +425,24 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Pat
     )
     tokenize(plan, root / "clips")
     yield root / "checkpoint", root / "clips"
+
+
+def test_further_folders_may_lack_the_rebuilt_key_frame(folder: tuple[Path, Path], tmp_path: Path) -> None:
+    saved, lacking = folder
+    plan = Plan(data=DataSettings(source="shapes"), count=2, checkpoint=saved, fields=(*FIELDS, REBUILT))
+    tokenize(plan, tmp_path / "rebuilt")
+
+    def first(path: Path, *more: More) -> dict[str, torch.Tensor]:
+        data = DataSettings(source="tokenized", path=str(path))
+        chosen = replace(context("video_unet", "motion_encoder", data=data), checkpoint=load(saved))
+        return VideoDetokenizerStage(chosen, VideoDetokenizerOptions(rebuilt=0.5, more=list(more))).dataset()[0]
+
+    item = first(tmp_path / "rebuilt")
+    assert not torch.equal(item[REBUILT], item["keyframe"])
+    item = first(tmp_path / "rebuilt", More(path=str(lacking), share=1.0))
+    assert torch.equal(item[REBUILT], item["keyframe"])
+    with pytest.raises(DataError, match=REBUILT):
+        first(lacking)
 
 
 def settings(stage: str, clips: Path, steps: int, **options: Any) -> TrainSettings:

@@ -2,7 +2,8 @@
 
 Contract: `Encoder.encode` takes a few items and gives the rows of every field in the order of items and, within one, of
 pictures or clips. Values are those the runtime's own preparation and the checkpoint's modules give; batching changes
-them by rounding only. The keep draw of a picture depends on (seed, index of the item, number of the picture) alone.
+them by rounding only. The keep draw and the noise of a picture depend on (seed, index of the item, number of the
+picture) alone.
 """
 
 from __future__ import annotations
@@ -15,15 +16,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from runtime.images import resize_image, to_signed, tokenizer_pixels
+from runtime.images import resize_image, to_signed, to_uint8, tokenizer_pixels
 from runtime.motion.grid import TOKENIZER_SCALE, model_motion
 from runtime.noise import Noise
 from videolavit.checkpoints import Checkpoint
+from videolavit.models.keyframe_decoder import pad_codes
+from videolavit.reference import keyframes
 from videolavit.training.data.examples import Negative, Question
 from videolavit.training.data.fields import FIELDS, Size, components_of, latent_grid
 
 PICTURES_AT_ONCE = 32
 FRAMES_AT_ONCE = 8  # through a VAE
+REBUILDING = 1  # what the noise of a rebuilt picture has in its key beside that of its keep draw
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +80,7 @@ class Encoder:
             "features": self._visual,
             "keep_logits": self._visual,
             "visual_ids": self._visual,
+            "rebuilt_keyframe": self._visual,
         }
 
     @torch.inference_mode()
@@ -121,6 +126,7 @@ class Encoder:
     def _visual(self, items: Sequence[Item]) -> dict[str, Any]:
         tokenizer, side = self._modules["visual_tokenizer"], self.config.geometry.image_size
         pictures = [(item.index, k, picture) for item in items for k, picture in enumerate(item.pictures)]
+        coded = "visual_ids" in self.fields or "rebuilt_keyframe" in self.fields
         found: dict[str, list[Any]] = {"features": [], "keep_logits": [], "visual_ids": []}
         for part in _chunks(pictures):
             features = tokenizer.features(
@@ -129,18 +135,58 @@ class Encoder:
             logits = tokenizer.keep_logits(features)  # [B, N, 2]
             found["features"].append(_array(features))
             found["keep_logits"].append(_array(logits))
-            if "visual_ids" in self.fields:
+            if coded:
                 keep = np.stack(
                     [keep_draw(row, self.seed, i, k) for row, (i, k, _) in zip(_array(logits), part, strict=True)]
                 )  # [B, N]
                 merged = tokenizer.merge(features, self._tensor(keep))
                 codes = _array(tokenizer.codes(merged)) + self.config.vocabulary.first_visual
                 found["visual_ids"] += [row[kept > 0] for row, kept in zip(codes, keep, strict=True)]
-        return {
+        rows: dict[str, Any] = {
             "features": np.concatenate(found["features"]),
             "keep_logits": np.concatenate(found["keep_logits"]),
             "visual_ids": found["visual_ids"],
         }
+        if "rebuilt_keyframe" in self.fields:
+            parts = zip(_chunks(pictures), _chunks(found["visual_ids"]), strict=True)
+            rows["rebuilt_keyframe"] = np.concatenate([self._rebuilt(*part) for part in parts])
+        return rows
+
+    def _rebuilt(self, pictures: Sequence[tuple[int, int, np.ndarray]], visual_ids: Sequence[np.ndarray]) -> np.ndarray:
+        """Pictures [B, H, W, 3] uint8 as the key-frame detokenizer makes them of their ids.
+
+        It starts half-way, from the picture's own latents with noise: what it makes from nothing has another place and
+        another ground, under which the frames that follow the true picture do not follow.
+        """
+        config, defaults = self.config, self.config.defaults
+        bare = [(ids - config.vocabulary.first_visual).tolist() for ids in visual_ids]
+        codes, counts = (part.to(self._device) for part in pad_codes(bare, config.geometry.patches))
+        vectors = self._modules["visual_tokenizer"].quantize.lookup(codes)
+        prompt, pooled = self._modules["keyframe_decoder"](vectors, counts)
+        vae = self._modules["keyframe_vae"]
+        clean = self._tensor(self._encode(vae, [picture for *_, picture in pictures])) * vae.config.scaling_factor
+        steps = defaults.keyframe_steps
+        level, scheduler = steps // 2, config.keyframe_scheduler
+        noises = [_noise(self.seed, index, k, REBUILDING) for index, k, _ in pictures]
+        start = [
+            keyframes.noised(part, scheduler, steps=steps, level=level, noise=noise)
+            for part, noise in zip(clean.split(1), noises, strict=True)
+        ]
+        *_, latents = keyframes.denoise(
+            self._modules["keyframe_unet"],
+            scheduler,
+            prompt,
+            pooled,
+            keyframes.size_ids(self.size, prompt).expand(len(prompt), -1),
+            size=self.size,
+            steps=steps,
+            guidance=defaults.image_guidance,
+            noise=noises[0],  # not drawn from: the models' own samplers add no noise on their way
+            interval=defaults.image_guidance_interval,
+            start=torch.cat(start),
+            level=level,
+        )
+        return to_uint8(_array(keyframes.decode(vae, latents)))
 
     def _encode(self, vae: Any, pictures: Sequence[np.ndarray]) -> np.ndarray:
         """Pictures [H, W, 3] uint8 -> latents [B, 4, h, w]."""
@@ -157,12 +203,16 @@ def keep_draw(logits: np.ndarray, seed: int, index: int, picture: int) -> np.nda
 
     A draw that keeps nothing keeps the patch that was nearest to it, so that every picture has an id.
     """
-    state = np.random.SeedSequence([seed, index, picture]).generate_state(1, np.uint64)
-    scores = logits + Noise(int(state[0]) >> 1).gumbel(*logits.shape)
+    scores = logits + _noise(seed, index, picture).gumbel(*logits.shape)
     margin = scores[:, 0] - scores[:, 1]
     keep = margin >= 0
     keep[margin.argmax()] = True
     return keep.astype(np.float32)
+
+
+def _noise(*key: int) -> Noise:
+    state = np.random.SeedSequence(key).generate_state(1, np.uint64)
+    return Noise(int(state[0]) >> 1)
 
 
 def _grids(item: Item) -> Sequence[np.ndarray]:

@@ -83,6 +83,12 @@ FIELDS: dict[str, Field] = {
         ("keyframe_vae",),
         lambda config, size: (LATENT_CHANNELS, *latent_grid(size)),
     ),
+    "rebuilt_keyframe": Field(
+        "picture",
+        "uint8",
+        ("visual_tokenizer", "keyframe_decoder", "keyframe_unet", "keyframe_vae"),
+        lambda config, size: (size[1], size[0], 3),
+    ),
     "features": Field(
         "picture",
         "float16",

@@ -5,7 +5,7 @@ Contract: item i is a pure function of (folder, seed, i). Of an item with severa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +36,16 @@ def check_shares(more: Sequence[More]) -> None:
 
 
 class TokenizedClips(Dataset[dict[str, Tensor]]):
-    """The wanted `fields` of one clip per item, without their leading axis."""
+    """The wanted `fields` of one clip per item, without their leading axis.
 
-    def __init__(self, items: TokenizedDataset, fields: tuple[str, ...], seed: int) -> None:
-        self.items, self.fields, self.seed = items, fields, seed
+    Args:
+        instead: by name of a further field, the one of `fields` whose values stand for it.
+    """
+
+    def __init__(
+        self, items: TokenizedDataset, fields: tuple[str, ...], seed: int, instead: Mapping[str, str] | None = None
+    ) -> None:
+        self.items, self.fields, self.seed, self.instead = items, fields, seed, instead or {}
 
     def __len__(self) -> int:
         return len(self.items)
@@ -50,7 +56,8 @@ class TokenizedClips(Dataset[dict[str, Tensor]]):
         if not clips:
             raise UsageError(f"{self.items.folder}: item {index} is a picture; this stage takes folders of videos only")
         chosen = int(np.random.default_rng([self.seed, index]).integers(clips))
-        return {name: item[name][chosen] for name in self.fields}
+        values = {name: item[name][chosen] for name in self.fields}
+        return values | {name: values[other] for name, other in self.instead.items()}
 
 
 def give_way(items: Any, more: Sequence[tuple[Any, float]], drawn: float) -> Any:

@@ -11,7 +11,11 @@ latent size join the noisy latents as channels, and the motion states are attend
 at random, for the sampler's unconditional branch is zeros in all of them. Motion is the raw field for some clips and
 what the motion tokenizer makes of it for the others, since generation only ever has the latter.
 
-Contract: data is a tokenised folder with the fields of `FIELDS`. The VAE's encoder and the motion tokenizer are frozen.
+The key frame, too, is the true one for some clips and for the others what the key-frame detokenizer makes of its ids,
+whose faults would otherwise be moved along as if they were meant (`rebuilt`).
+
+Contract: data is a tokenised folder with the fields of `FIELDS`, and `REBUILT` where it is asked for. The VAE's encoder
+and the motion tokenizer are frozen.
 `moving_weight` depends on the conditions only, so it moves effort, not the optimum.
 """
 
@@ -43,6 +47,7 @@ from videolavit.training.stages.pictures import psnr, signed
 from videolavit.training.stages.starting import OUTER_ENDS, silence_branches, trainable
 
 FIELDS = ("latents", "keyframe", "motion_latent", "motion_ids")
+REBUILT = "rebuilt_keyframe"
 MOVES = 0.015  # length of a vector, detokenizer's scale, below which a cell stands still
 
 
@@ -53,6 +58,8 @@ class VideoDetokenizerOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_
         noise_mean, noise_deviation: of ln sigma.
         drop: share of clips that are denoised without conditions.
         tokenized_motion: share of clips whose motion comes from tokens.
+        rebuilt: share of clips whose key frame is a `rebuilt_keyframe`, such as generation starts from; the others, and
+            those of further folders without that field, have the true one.
         augmentation_mean, augmentation_deviation: of the natural logarithm of the deviation of the noise on the key
             frame, whose pixels are in [-1, 1].
         moving_weight: weight of latents near which something has moved since the key frame, against the others; 1:
@@ -71,6 +78,7 @@ class VideoDetokenizerOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_
     noise_deviation: Positive = 1.6
     drop: Share = 0.1
     tokenized_motion: Share = 0.5
+    rebuilt: Share = 0.0
     augmentation_mean: float = -3.0
     augmentation_deviation: NotNegative = 0.5
     moving_weight: Annotated[float, msgspec.Meta(ge=1.0)] = 1.0
@@ -143,6 +151,7 @@ class VideoDetokenizerStage(Stage):
         self.geometry = config.geometry
         if options.frames > self.geometry.frames:
             raise UsageError(f"options.frames {options.frames}: a clip has {self.geometry.frames} frames")
+        self.fields = (*FIELDS, REBUILT) if options.rebuilt else FIELDS
         self.frames = options.frames or self.geometry.frames
         if options.scattered > self.frames:
             raise UsageError(f"options.scattered {options.scattered}: they are drawn from {self.frames} frames")
@@ -166,11 +175,10 @@ class VideoDetokenizerStage(Stage):
 
     def dataset(self) -> Mixed:
         """One clip per item of tokenised folders."""
-        options, folder = self.options, tokenized_folder(self.context.data, FIELDS, self.name)
+        options, folder = self.options, tokenized_folder(self.context.data, self.fields, self.name)
         check_shares(options.more)
-        first, *others = (self._clips(path) for path in (folder, *(other.path for other in options.more)))
-        shares = [other.share for other in options.more]
-        return Mixed(first, list(zip(others, shares, strict=True)), self.context.seed)
+        more = [(self._clips(other.path, further=True), other.share) for other in options.more]
+        return Mixed(self._clips(folder), more, self.context.seed)
 
     def prepare(self, batch: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:
         """The module's input: see `VideoDetokenizer.forward`."""
@@ -180,7 +188,7 @@ class VideoDetokenizerStage(Stage):
         draw: dict[str, Any] = {"generator": generator, "device": device}
         strength = torch.randn(count, **draw) * options.augmentation_deviation + options.augmentation_mean
         strength = strength.exp()[:, None, None, None]
-        picture = signed(batch["keyframe"]).permute(0, 3, 1, 2)  # [B, 3, H, W]
+        picture = signed(self._pictures(batch, generator)).permute(0, 3, 1, 2)  # [B, 3, H, W]
         picture = picture + strength * torch.randn(picture.shape, **draw)
         motion = batch["motion_latent"]
         spoken = torch.rand(count, **draw) < options.tokenized_motion
@@ -198,6 +206,14 @@ class VideoDetokenizerStage(Stage):
             "weight": weight[rows, chosen],
             "time_ids": self._time_ids(strength.flatten()),
         }
+
+    def _pictures(self, batch: dict[str, Any], generator: torch.Generator) -> Tensor:
+        """Key frames [B, H, W, 3] uint8, a share of them rebuilt."""
+        true = batch["keyframe"]
+        if not self.options.rebuilt:
+            return true
+        rebuilt = torch.rand(len(true), generator=generator, device=true.device) < self.options.rebuilt
+        return torch.where(rebuilt[:, None, None, None], batch[REBUILT], true)
 
     def validate(self, generator: torch.Generator) -> dict[str, float]:
         """Clips sampled from key frame and tokens of held-out scenes of the world of shapes.
@@ -244,10 +260,12 @@ class VideoDetokenizerStage(Stage):
         module = self.module
         return {"motion_encoder": module.motion_encoder.state_dict(), "video_unet": module.unet.state_dict()}
 
-    def _clips(self, folder: Path | str) -> TokenizedClips:
-        items = TokenizedDataset(folder, FIELDS)
+    def _clips(self, folder: Path | str, *, further: bool = False) -> TokenizedClips:
+        lacking = self.fields != FIELDS and further and REBUILT not in TokenizedDataset(folder).fields
+        fields = FIELDS if lacking else self.fields
+        items = TokenizedDataset(folder, fields)
         items.require(self.context.checkpoint)
-        return TokenizedClips(items, FIELDS, self.context.seed)
+        return TokenizedClips(items, fields, self.context.seed, {REBUILT: "keyframe"} if lacking else None)
 
     def _chosen(self, count: int, generator: torch.Generator, device: torch.device) -> Tensor:
         """[count, T] numbers of the frames that are trained on, in order."""
