@@ -38,6 +38,7 @@ TRAIN = $(RUN)/videolavit train $(1) --config $(RECIPES)/$(1)$(2).toml --checkpo
 	-o build/runs/$(1)$(2) --resume
 TOKENIZE = $(RUN)/videolavit tokenize $(or $(2),shapes) -o build/tokens/$(1) --checkpoint build/shapes --workers 2 --resume
 PICTURE_FIELDS := visual_ids,features,keep_logits
+CLIP_FIELDS := latents,keyframe,motion_latent,motion_ids
 
 shapes-model: $(VENV)/.dev
 	@mkdir -p build/runs build/tokens checkpoints
@@ -67,14 +68,14 @@ shapes-model: $(VENV)/.dev
 	$(call TRAIN,instruct,-directions)
 	$(call TRAIN,instruct,-longest)
 	$(call TRAIN,keyframe-detokenizer,-third)
-	$(call TOKENIZE,videos) --count 1500 --seed 3 --fields latents,keyframe,motion_latent,motion_ids
+	$(call TOKENIZE,videos) --count 1500 --seed 3 --fields $(CLIP_FIELDS)
 	$(call TRAIN,video-detokenizer,-short)
 	$(call TRAIN,video-detokenizer)
 	$(call TRAIN,video-detokenizer,-scattered)
 	$(call TRAIN,video-detokenizer,-scattered-more)
 	$(call TRAIN,video-detokenizer,-more)
 	$(call TRAIN,video-detokenizer,-scattered-third)
-	$(call TOKENIZE,scenery,scenery) --count 700 --seed 7 --fields latents,keyframe,motion_latent,motion_ids
+	$(call TOKENIZE,scenery,scenery) --count 700 --seed 7 --fields $(CLIP_FIELDS)
 	$(call TRAIN,video-detokenizer,-scenery)
 	$(call TRAIN,video-detokenizer,-noisy)
 	$(call TRAIN,video-detokenizer,-noisy-more)
@@ -87,7 +88,7 @@ shapes-model: $(VENV)/.dev
 	$(call TRAIN,instruct,-deep,shapes-deep)
 	$(call TOKENIZE,two-shapes) --count 14000 --seed 12 --shapes 2 --fields $(PICTURE_FIELDS),motion_ids
 	$(call TRAIN,instruct,-pairs,shapes-deep)
-	$(call TOKENIZE,videos-fresh) --count 2000 --seed 11 --fields latents,keyframe,motion_latent,motion_ids
+	$(call TOKENIZE,videos-fresh) --count 2000 --seed 11 --fields $(CLIP_FIELDS)
 	$(call TRAIN,video-detokenizer,-noisy-fourth,shapes-deep)
 	$(call TRAIN,video-detokenizer,-whole-third,shapes-deep)
 	$(call TRAIN,instruct,-negatives,shapes-deep)
@@ -97,10 +98,14 @@ shapes-model: $(VENV)/.dev
 	$(call TOKENIZE,pictures-third) --count 1500 --seed 16 --fields $(PICTURE_FIELDS)
 	$(call TOKENIZE,pairs-third) --count 400 --seed 17 --clips 2 --fields $(PICTURE_FIELDS),motion_ids
 	$(call TRAIN,instruct,-told-more,shapes-deep)
-	$(call TOKENIZE,videos-two) --count 1200 --seed 13 --shapes 2 --fields latents,keyframe,motion_latent,motion_ids
-	$(call TOKENIZE,videos-third) --count 600 --seed 18 --fields latents,keyframe,motion_latent,motion_ids
-	$(call TOKENIZE,scenery-more,scenery) --count 350 --seed 19 --fields latents,keyframe,motion_latent,motion_ids
+	$(call TOKENIZE,videos-two) --count 1200 --seed 13 --shapes 2 --fields $(CLIP_FIELDS)
+	$(call TOKENIZE,videos-third) --count 600 --seed 18 --fields $(CLIP_FIELDS)
+	$(call TOKENIZE,scenery-more,scenery) --count 350 --seed 19 --fields $(CLIP_FIELDS)
 	$(call TRAIN,video-detokenizer,-whole-fourth,shapes-deep)
+	$(call TOKENIZE,videos-rebuilt) --count 512 --seed 20 --shapes 2 --fields $(CLIP_FIELDS),rebuilt_keyframe
+	$(call TOKENIZE,videos-fourth) --count 500 --seed 21 --fields $(CLIP_FIELDS),rebuilt_keyframe
+	$(call TOKENIZE,scenery-third,scenery) --count 350 --seed 22 --fields $(CLIP_FIELDS)
+	$(call TRAIN,video-detokenizer,-rebuilt,shapes-deep)
 	rm -rf checkpoints/shapes && cp -r build/shapes-deep checkpoints/shapes
 	$(MAKE) bundle quality
 
