@@ -31,7 +31,7 @@ lint: $(VENV)/.dev
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy
 
-# The shipped model, trained from nothing in build/shapes: about eighteen hours of one core. Ended early, it goes on where
+# The shipped model, trained from nothing in build/shapes: about nineteen hours of one core. Ended early, it goes on where
 # it stopped. Each stage needs what the ones before it made (docs/training.md).
 RECIPES := videolavit/training/recipes/shapes
 TRAIN = $(RUN)/videolavit train $(1) --config $(RECIPES)/$(1)$(2).toml --checkpoint build/$(or $(3),shapes) \

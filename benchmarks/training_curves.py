@@ -59,6 +59,7 @@ STAGES = {
     "instruct-told": "answers",
     "instruct-told-more": "answers",
     "video-detokenizer-whole-fourth": "psnr",
+    "video-detokenizer-rebuilt": "psnr",
 }
 POINTS = 12  # of a curve
 ROWS = 8  # of a table
