@@ -86,7 +86,8 @@ class Bench:
         record = {
             "key": key,
             "seconds": time.perf_counter() - started,
-            "error": complaint[0].removeprefix("error: ") if complaint else None,
+            # Where the figures lie is of this machine and not for the document.
+            "error": complaint[0].removeprefix("error: ").replace(f"{folder}/", "") if complaint else None,
             "result": results[-1] if results else None,
         }
         with published(kept) as staging:

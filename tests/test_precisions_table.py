@@ -133,3 +133,13 @@ def test_a_miss_is_kept_and_a_failure_is_not(
         with pytest.raises(EnvironmentProblem, match=rf"row: verify ended with status {status}: .*\n{words}"):
             bench.step("row", "verify", [], [])
     assert (tmp_path / "row" / "verify.json").exists() is kept
+
+
+def test_what_is_said_of_files_at_work_does_not_say_where_they_lie(
+    modules: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = f"error: {tmp_path}/row/profile.toml: compute capability 8.6 has no fp8"
+    done = subprocess.CompletedProcess([], 2, "", words)
+    monkeypatch.setattr(modules[0].subprocess, "run", lambda *_, **__: done)
+    said = modules[0].Bench(tmp_path, "digest", tmp_path).step("row", "export", [], [])["error"]
+    assert said == "profile.toml: compute capability 8.6 has no fp8"
