@@ -211,6 +211,7 @@ def keep_draw(logits: np.ndarray, seed: int, index: int, picture: int) -> np.nda
 
 
 def _noise(*key: int) -> Noise:
+    """The noise that belongs to `key`: seed, index of the item, number of the picture, and what else sets it apart."""
     state = np.random.SeedSequence(key).generate_state(1, np.uint64)
     return Noise(int(state[0]) >> 1)
 

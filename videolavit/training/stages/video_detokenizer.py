@@ -11,8 +11,8 @@ latent size join the noisy latents as channels, and the motion states are attend
 at random, for the sampler's unconditional branch is zeros in all of them. Motion is the raw field for some clips and
 what the motion tokenizer makes of it for the others, since generation only ever has the latter.
 
-The key frame, too, is the true one for some clips and for the others what the key-frame detokenizer makes of its ids,
-whose faults would otherwise be moved along as if they were meant (`rebuilt`).
+The key frame, too, is the true one for some clips and for the others what the key-frame detokenizer makes of its ids
+(`rebuilt`), whose faults generation starts with.
 
 Contract: data is a tokenised folder with the fields of `FIELDS`, and `REBUILT` where it is asked for. The VAE's encoder
 and the motion tokenizer are frozen.
@@ -261,7 +261,8 @@ class VideoDetokenizerStage(Stage):
         return {"motion_encoder": module.motion_encoder.state_dict(), "video_unet": module.unet.state_dict()}
 
     def _clips(self, folder: Path | str, *, further: bool = False) -> TokenizedClips:
-        lacking = self.fields != FIELDS and further and REBUILT not in TokenizedDataset(folder).fields
+        """The clips of `folder`; if it is a `further` one without rebuilt key frames, true ones stand for them."""
+        lacking = further and REBUILT in self.fields and REBUILT not in TokenizedDataset(folder).fields
         fields = FIELDS if lacking else self.fields
         items = TokenizedDataset(folder, fields)
         items.require(self.context.checkpoint)
