@@ -64,7 +64,7 @@ def denoise_keyframe(
         unet, prompt_embeds=_after_zeros(prompt_embeds), pooled=_after_zeros(pooled), time_ids=_twice(time_ids)
     )
     scale = np.float32(guidance)
-    guides = _guides(schedule, scale, interval)
+    guides = guided_calls(schedule, scale, interval)
     past: Past = []
     for i in range(start, len(schedule.timesteps)):
         conditions.hold(both=guides[i])
@@ -120,7 +120,7 @@ def denoise_video(
     sample[rows:, :, channels:] = constant
     scale = np.linspace(*guidance, frames, dtype=np.float32)[:, None, None, None]  # [T, 1, 1, 1]
 
-    guides = _guides(schedule, scale, interval)
+    guides = guided_calls(schedule, scale, interval)
     past: Past = []
     latents = initial * schedule.init_noise_sigma
     for i in range(len(schedule.timesteps)):
@@ -174,8 +174,8 @@ class _Conditions:
             self._held = both
 
 
-def _guides(schedule: Schedule, scale: np.ndarray | np.float32, interval: Interval | None) -> list[bool]:
-    """Whether each call of the schedule is guided."""
+def guided_calls(schedule: Schedule, scale: np.ndarray | np.float32, interval: Interval | None) -> list[bool]:
+    """Whether each call of the schedule is guided, which takes two rows of the network: [calls]."""
     levels = schedule.levels
     if np.all(scale == 1):
         return [False] * len(levels)
