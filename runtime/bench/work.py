@@ -1,9 +1,10 @@
 """What a call of an ONNX engine has to do: floating-point operations, and bytes of weights.
 
-Contract: counted, not estimated: ONNX Runtime runs the model once, unoptimised, and notes the shapes of every node at
-these very sizes; the sums are taken over products of matrices, convolutions and attention, two operations per
-multiplication and addition. What costs little beside them (norms, activations) is left out. The run is no measurement
-and takes longer than an optimised one.
+Contract: counted, not estimated: ONNX Runtime runs the model once and notes the shapes of every node at these very
+sizes; the sums are taken over products of matrices, convolutions and attention, two operations per multiplication and
+addition. What costs little beside them (norms, activations) is left out. The run is no measurement and takes longer
+than others: of networks it is unoptimised, of language models optimised as far as integer weights stay integers, since
+ONNX Runtime would otherwise widen all of them before the first product.
 
 Attention is counted as causal: of S new positions each looks at those before it and at itself.
 """
@@ -23,9 +24,8 @@ import numpy as np
 from runtime.bundle import EngineEntry
 from runtime.engines import EngineOptions, processors
 
-_ITEM = {"float": 4.0, "float16": 2.0, "bfloat16": 2.0, "int8": 1.0, "uint8": 1.0, "int4": 0.5, "uint4": 0.5}
+_ITEM = {"float": 4.0, "float16": 2.0, "bfloat16": 2.0, "uint8": 1.0}
 _NUMPY = {"float32": np.float32, "float16": np.float16, "int64": np.int64, "int32": np.int32, "bool": np.bool_}
-_CODES = ("int8", "uint8", "int4", "uint4")
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Work:
 
 def count_call(model: Path, inputs: Mapping[str, np.ndarray], options: EngineOptions) -> Work:
     """Work of one run of `model` on the CPU. Raises what ONNX Runtime raises for inputs that do not fit."""
-    return count(_profile(model, inputs, options.threads or processors()))
+    return count(_profile(model, inputs, options.threads or processors(), "ORT_DISABLE_ALL"))
 
 
 def count_language_model(model: Path, entry: EngineEntry, rows: int, positions: int, options: EngineOptions) -> Work:
@@ -52,13 +52,13 @@ def count_language_model(model: Path, entry: EngineEntry, rows: int, positions: 
         shape = tuple(sizes[dim] if isinstance(dim, str) else dim for dim in tensor.shape)
         inputs[tensor.name] = np.zeros(shape, _NUMPY[tensor.dtype])
     inputs["new_lengths"] = np.full(rows, positions, np.int32)
-    return count_call(model, inputs, options)
+    return count(_profile(model, inputs, options.threads or processors(), "ORT_ENABLE_EXTENDED"))
 
 
 def count(nodes: Iterable[Mapping[str, Any]]) -> Work:
     """Sum over nodes as a profile has them: `op_name`, and `input_type_shape` and `output_type_shape`, each a list
     of {type: shape}."""
-    flops = plain = coded = 0.0
+    flops = weights = 0.0
     for node in nodes:
         op = node["op_name"]
         given = [next(iter(value.items())) for value in node["input_type_shape"]]
@@ -67,7 +67,10 @@ def count(nodes: Iterable[Mapping[str, Any]]) -> Work:
         if op in ("MatMul", "Gemm"):
             flops += 2.0 * math.prod(made[0][1]) * _inner(op, shapes[0], made[0][1])
             if len(shapes[1]) == 2:
-                plain += math.prod(shapes[1]) * _ITEM[given[1][0]]
+                weights += math.prod(shapes[1]) * _ITEM[given[1][0]]
+        elif op == "MatMulNBits":  # multiplied without being widened: codes, packed into bytes, and scales
+            flops += 2.0 * math.prod(made[0][1]) * shapes[0][-1]
+            weights += math.prod(shapes[1]) * _ITEM[given[1][0]] + math.prod(shapes[2]) * _ITEM[given[2][0]]
         elif op in ("Conv", "ConvTranspose"):
             # A kernel [out, in / groups, ...] is applied for every element of the output; transposed, of the input.
             flops += 2.0 * math.prod(made[0][1] if op == "Conv" else shapes[0]) * math.prod(shapes[1][1:])
@@ -76,10 +79,7 @@ def count(nodes: Iterable[Mapping[str, Any]]) -> Work:
         elif op == "Attention":
             rows, heads, steps, width = made[0][1]
             flops += _attention(rows, steps, heads * width)
-        elif op == "DequantizeLinear" and given[0][0] in _CODES and len(shapes[0]) == 2:
-            # Multiplied without being widened: codes, and scales in float32.
-            coded += math.prod(shapes[0]) * _ITEM[given[0][0]] + math.prod(shapes[1]) * _ITEM["float"]
-    return Work(flops, coded or plain)
+    return Work(flops, weights)
 
 
 def _inner(op: str, first: list[int], out: list[int]) -> int:
@@ -92,12 +92,12 @@ def _attention(rows: int, steps: int, width: int) -> float:
     return 2 * 2.0 * rows * width * steps * (steps + 1) / 2
 
 
-def _profile(model: Path, inputs: Mapping[str, np.ndarray], threads: int) -> list[dict[str, Any]]:
+def _profile(model: Path, inputs: Mapping[str, np.ndarray], threads: int, level: str) -> list[dict[str, Any]]:
     import onnxruntime
 
     with tempfile.TemporaryDirectory(prefix="videolavit-work-") as folder:
         settings = onnxruntime.SessionOptions()
-        settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        settings.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, level)
         settings.intra_op_num_threads = threads
         settings.log_severity_level = 4
         # A weight that was packed is not among a node's inputs any more.
