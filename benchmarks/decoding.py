@@ -218,6 +218,8 @@ def document(rows: Sequence[Row], arguments: argparse.Namespace) -> str:
     found = _machine(arguments)
     versions = ", ".join(f"{name} {version}" for name, version in found.versions.items())
     lines = [
+        "# Decoding beside other runtimes",
+        "",
         f"Made by `python {shlex.join(_relative(sys.argv))}` on {found.date}.",
         "",
         f"- {found.processor}, {found.cores} processors, {found.threads} threads for each; Python {found.python}",
@@ -238,10 +240,15 @@ def document(rows: Sequence[Row], arguments: argparse.Namespace) -> str:
             token, prompt = row.decode, row.prefill
             lines.append(
                 f"| {row.context} | {row.peer} | {token.median * 1e3:.3g} | {token.mean * 1e3:.3g} ± "
-                f"{token.spread * 1e3:.2g} | {row.decode_ratio:.2f} | {prompt.median * 1e3:.4g} | "
+                f"{token.spread * 1e3:.2g} | {row.decode_ratio:.2f} | {_ms(prompt.median)} | "
                 f"{row.prefill_ratio:.2f} | {row.same:.0%} | {row.peak / MIB:.0f} |"
             )
     return "\n".join(lines) + "\n"
+
+
+def _ms(seconds: float) -> str:
+    value = seconds * 1e3
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _machine(arguments: argparse.Namespace) -> Machine:
