@@ -28,6 +28,7 @@ from peers import model
 from peers.protocol import PRECISIONS, Setting
 from peers.worker import PeerProblem, Worker, convert, load
 
+from export.graphs.registry import LANGUAGE_MODEL
 from export.plan import available_memory
 from runtime.apart import apart
 from runtime.bench.run import Machine, machine
@@ -98,7 +99,7 @@ def measure(arguments: argparse.Namespace) -> list[Row]:
         fitting = [min(context, limit - arguments.tokens - 1) for context in contexts]
         folder = arguments.folder / size
         apart(f"model {size}", model.write, config, folder)
-        parameters = sum(math.prod(shape) for shape in inventory(config, model.COMPONENT).values())
+        parameters = sum(math.prod(shape) for shape in inventory(config, LANGUAGE_MODEL).values())
         for precision in _chosen("--precisions", arguments.precisions, PRECISIONS):
             setting = Setting(folder, precision, arguments.threads, max(fitting) + arguments.tokens + 1)
             ready = [name for name in names if precision in load(name).PRECISIONS and _converted(name, setting)]

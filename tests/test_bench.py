@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -147,6 +148,29 @@ def test_torch_takes_turns(bench, tiny_bundle: Path, tiny_checkpoint: Path) -> N
             assert theirs["ratio"] == pytest.approx(theirs["median"] / ours["median"])
             assert theirs["ratio_to"] == OURS
         assert stage["peak_rss"] < 200 * 2**20  # torch alone would take more
+
+
+def test_genai_takes_turns_where_tokens_are_written(bench, tiny_bundle: Path, tiny_checkpoint: Path) -> None:
+    if find_spec("onnxruntime_genai") is None:
+        pytest.skip("onnxruntime-genai is not installed (benchmarks/requirements-peers.txt)")
+    arguments = ("--stages", "prefill,decode,motion-decode", "--no-roofs", "--json", "--against", "genai")
+    done = bench(tiny_bundle, *arguments, "--checkpoint", tiny_checkpoint, *QUICK)
+    assert done.code == 0, done.err
+    rows = {(row["stage"], row["detail"]): row for stage in done.events[-1]["stages"] for row in stage["rows"][1:]}
+    assert all(row["contender"] == "genai" or "guided" in row["detail"] for row in rows.values())
+    assert {stage for stage, detail in rows} == {"prefill", "decode"}
+
+
+def test_genai_is_measured_where_it_can_compute_the_same() -> None:
+    from export.bench.genai_peer import make
+
+    for device, precision, words in (("cuda", "fp32", "--provider cpu"), ("cpu", "fp16", "fp32, int8, int4")):
+        with pytest.raises(UsageError, match=words):
+            make(None, "tiny", None, device, precision, threads=1)
+    if find_spec("onnxruntime_genai") is not None:
+        pytest.skip("onnxruntime-genai is installed, so it cannot be missing")
+    with pytest.raises(EnvironmentProblem, match=r"--against genai: onnxruntime_genai is not installed; run: pip"):
+        PeerSpec("genai", "export.bench.genai_peer:make", (None, "tiny", None, "cpu", "fp32"), "pip install it").make(1)
 
 
 def test_a_preset_is_measured_without_any_weights(bench, tmp_path: Path) -> None:
@@ -357,7 +381,7 @@ def test_a_peer_that_lacks_a_stage_is_named(tiny_bundle: Path, monkeypatch: pyte
     with bench.engines:
         rows = STAGES["motion-decode"].measure(bench)
     assert [row.contender for row in rows] == [OURS]
-    assert bench.notes == ["watching does not do this stage"]
+    assert bench.notes == ["watching does not do this stage, or not all of it"]
 
 
 def test_a_peer_whose_library_is_missing_is_one_line() -> None:

@@ -2,53 +2,31 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from export.bench import genai
 from peers.protocol import Setting
 
-LIBRARY = "onnxruntime-genai"
-PRECISIONS = ("fp32", "int8", "int4")
+LIBRARY = genai.PACKAGE
+PRECISIONS = genai.PRECISIONS
 
 
 class Peer:
-    """Threads are pinned in the configuration that the builder writes: by default it takes more than there are."""
+    """See `export.bench.genai`."""
 
     def convert(self, setting: Setting) -> None:
-        from onnxruntime_genai.models.builder import create_model, parse_extra_options
-
-        folder = _folder(setting)
-        if (folder / "done").is_file():
-            return
-        options = ["int4_block_size=32", "int4_accuracy_level=4"] if setting.precision == "int4" else []
-        where = ("", str(setting.folder), str(folder), setting.precision, "cpu", str(folder / "cache"))
-        with contextlib.redirect_stdout(io.StringIO()):  # the builder talks; stdout is for results
-            create_model(*where, **parse_extra_options(*where, options))
-        (folder / "done").touch()
+        genai.build(setting.folder, _folder(setting), setting.precision)
 
     def prepare(self, setting: Setting) -> None:
-        import onnxruntime_genai
-
-        folder = _folder(setting)
-        path = folder / "genai_config.json"
-        config = json.loads(path.read_text())
-        session = config["model"]["decoder"]["session_options"]
-        session["intra_op_num_threads"] = setting.threads
-        path.write_text(json.dumps(config))
-        self._library: Any = onnxruntime_genai
-        self._model = onnxruntime_genai.Model(str(folder))
+        self._model = genai.load(_folder(setting), setting.threads)
         self._capacity = setting.capacity
         self._generator: Any = None
 
     def prefill(self, ids: list[int]) -> int:
-        parameters = self._library.GeneratorParams(self._model)
-        parameters.set_search_options(do_sample=False, max_length=self._capacity, min_length=self._capacity)
-        self._generator = self._library.Generator(self._model, parameters)
+        self._generator = genai.generator(self._model, self._capacity)
         self._generator.append_tokens(np.array([ids], np.int32))
         self._generator.generate_next_token()
         return int(self._generator.get_next_tokens()[0])

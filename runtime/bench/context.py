@@ -60,7 +60,8 @@ class Bench:
     def turn(self, ours: Run, theirs: Callable[[Peer], Run | None]) -> Turn:
         """The runtime's own run and those of the peers that have it."""
         runs = {peer.name: theirs(peer) for peer in self.peers}
-        self.notes += [f"{name} does not do this stage" for name, run in runs.items() if run is None]
+        missing = [f"{name} does not do this stage, or not all of it" for name, run in runs.items() if run is None]
+        self.notes += [note for note in missing if note not in self.notes]
         return Turn({OURS: ours, **{name: run for name, run in runs.items() if run is not None}})
 
     def take_turns(self, *turns: Turn, blocks: int = 1) -> list[dict[str, Times]]:

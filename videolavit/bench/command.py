@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
-PEERS = ("torch",)
 INSTALL = "pip install 'videolavit[cpu,export]'"
+PEERS = {"torch": INSTALL, "genai": f"{INSTALL} onnxruntime-genai"}  # and what brings them
 
 
 class Contexts(click.ParamType):
@@ -271,8 +271,15 @@ def _peers(
     if checkpoint is not None and load(checkpoint).digest != bundle.manifest.source:
         raise BundleError(f"{bundle.path}: was not made from the weights in {checkpoint}; name its own checkpoint")
     device = choose_provider(settings.provider)
-    dtype = "float16" if device == "cuda" else "float32"
-    report.note(f"torch computes in {dtype} on {device}, eagerly")
-    folder = None if checkpoint is None else str(checkpoint)
-    arguments = (folder, preset or "", layers, device, dtype)
-    return [PeerSpec(name, f"export.bench.{name}_peer:make", arguments, INSTALL) for name in against]
+    source = (None if checkpoint is None else str(checkpoint), preset or "", layers, device)
+    kinds = {}
+    if "torch" in against:
+        kinds["torch"] = "float16" if device == "cuda" else "float32"
+        report.note(f"torch computes in {kinds['torch']} on {device}, eagerly")
+    if "genai" in against:
+        engine = bundle.manifest.engines.get("language_model")
+        kinds["genai"] = "fp32" if engine is None else engine.precision
+        report.note("genai reads and writes tokens, without guidance; its places in other rows stay empty")
+    return [
+        PeerSpec(name, f"export.bench.{name}_peer:make", (*source, kind), PEERS[name]) for name, kind in kinds.items()
+    ]
