@@ -20,17 +20,18 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from datetime import date
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
 import numpy as np
 
+from runtime.bench.run import Machine, machine
+from runtime.bench.settings import BenchSettings
 from runtime.bundle import Bundle, find
 from runtime.detokenizers import KeyframeDetokenizer, KeyframeSettings, VideoDetokenizer, VideoSettings
 from runtime.diffusion import guided_calls
-from runtime.engines import EngineSet
+from runtime.engines import EngineSet, processors
 from runtime.errors import VideoLavitError
 from runtime.files import check_output, published
 from runtime.geometry import VAE_FACTOR
@@ -44,7 +45,6 @@ from runtime.schedulers import make_schedule
 from runtime.token_writer import GENERATE
 from videolavit.evaluation.context import Context, Settings, described_scene
 from videolavit.evaluation.judge import look
-from videolavit.evaluation.report import machine
 from videolavit.evaluation.statistics import bootstrap, wilson
 from videolavit.evaluation.verdicts import check_one, check_two
 from videolavit.shapes import Scene
@@ -184,7 +184,8 @@ def measure(bundle: Bundle, count: int, threads: int | None) -> str:
                 recorded = context.recorded(frames, context.geometry.fps)
                 _keep(row, seconds, distance, seen_in_clip(tokens.scene, recorded))
             print(f"{index + 1} of {count} captions", file=sys.stderr, flush=True)
-    return page(bundle, count, keyframe_rows, video_rows)
+    here = machine(BenchSettings(threads=threads or processors()))
+    return page(bundle, here, count, keyframe_rows, video_rows)
 
 
 def write_tokens(context: Context, index: int) -> Tokens:
@@ -214,12 +215,14 @@ def seen_in_clip(scene: Scene, frames: np.ndarray) -> bool:
     return check_two(scene, seen)["both"]
 
 
-def page(bundle: Bundle, count: int, keyframe_rows: Sequence[Row], video_rows: Sequence[Row]) -> str:
+def page(bundle: Bundle, here: Machine, count: int, keyframe_rows: Sequence[Row], video_rows: Sequence[Row]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in here.versions.items())
     lines = [
         "# Fewer denoising steps: what they save and what they cost",
         "",
-        f"Made by `python {shlex.join(sys.argv)}` on {date.today()},",
-        f"on {machine()}. Bundle `{bundle.manifest.name}`, weights {bundle.manifest.source[:12]}.",
+        f"Made by `python {shlex.join(sys.argv)}` on {here.date}.",
+        f"Bundle `{bundle.manifest.name}`, weights {bundle.manifest.source[:12]}, on",
+        f"{here.processor}, {here.cores} processors, {here.threads} threads used; Python {here.python}, {versions}.",
         "",
         f"{count} held-out captions, every other one of two shapes; a line makes the same tokens with the same noise.",
         "Seconds are of one denoising loop, medians, and the lines take turns. `dB to exact` is the mean PSNR to",
