@@ -254,7 +254,10 @@ def flags(options: Options) -> str:
 
 
 def _word(value: Any) -> str:
-    return "-".join(f"{level:g}" for level in value) if isinstance(value, tuple) else str(value)
+    if not isinstance(value, tuple):
+        return str(value)
+    whole = all(isinstance(part, int) for part in value)  # a size; else noise levels
+    return ("x" if whole else "-").join(f"{part:g}" for part in value)
 
 
 def _calls(guided: Sequence[bool]) -> str:

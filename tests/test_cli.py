@@ -22,7 +22,8 @@ from videolavit.cli import COMMANDS, main
 
 ROOT = Path(__file__).parent.parent
 VIDEO = ROOT / "tests" / "data" / "media" / "video7013.mp4"
-QUICK = ["--keyframe-steps", "2", "--video-steps", "2"]
+STEPS = ["--keyframe-steps", "2", "--video-steps", "2"]
+QUICK = [*STEPS, "--size", "64x64"]
 SCHEDULE = ["--keyframe-sampler", "heun", "--keyframe-spacing", "ays", "--image-guidance-interval", "0.3-5"]
 SCHEDULE += ["--video-spacing", "exponential", "--video-sigmas", "0.02-80.5"]
 
@@ -111,11 +112,11 @@ def test_generate_writes_a_clip_with_its_recipe(run, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["generate", 'it\'s a "star"', "--size", "96x64", "--top-k", "7", *QUICK],
+        ["generate", 'it\'s a "star"', "--size", "96x64", "--top-k", "7", *STEPS],
         ["generate", "--image", "picture.png", "--greedy", *QUICK],
         ["generate", "a star", "--video-guidance-interval", "0.5-60", "--video-sampler", "dpmpp-2m", *SCHEDULE, *QUICK],
         ["imagine", "a star", "--keyframe-steps", "2"],
-        ["reconstruct", str(VIDEO), "--motion", "tokens", "--start", "1.5", "--video-steps", "2"],
+        ["reconstruct", str(VIDEO), "--motion", "tokens", "--start", "1.5", "--video-steps", "2", "--size", "64x64"],
     ],
     ids=["text", "image", "schedule", "imagine", "reconstruct"],
 )
@@ -147,7 +148,7 @@ def test_long_video_drops_the_repeated_frame(run, tmp_path: Path) -> None:
 
 
 def test_image_to_video_size_count_and_gif(run, tmp_path: Path, picture: Path) -> None:
-    done = run("generate", "--image", picture, "-o", "a.gif", "--size", "96x64", "--count", "2", "--seed", "1", *QUICK)
+    done = run("generate", "--image", picture, "-o", "a.gif", "--size", "96x64", "--count", "2", "--seed", "1", *STEPS)
     assert done.code == 0, done.err
     for name in ("a-1.gif", "a-2.gif"):
         with Image.open(tmp_path / name) as made:

@@ -27,17 +27,17 @@ def cells(document: str, options: str) -> list[str]:
 def test_a_line_like_the_exact_one_is_equal_to_it_and_others_are_not(
     samplers: Any, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    exact = {"video_sampler": "heun", "video_spacing": "karras", "video_steps": 2}
-    guided = {"video_steps": 2, "video_guidance_interval": (0.5, 60.0)}
+    exact = {"video_sampler": "heun", "video_spacing": "karras", "video_steps": 2, "size": (64, 64)}
+    guided = {"video_steps": 2, "size": (64, 64), "video_guidance_interval": (0.5, 60.0)}
     monkeypatch.setattr(samplers, "VIDEO_EXACT", exact)
     monkeypatch.setattr(samplers, "VIDEO_ROWS", (exact, guided))
     monkeypatch.setattr(samplers, "KEYFRAME_EXACT", {"keyframe_steps": 3})
     monkeypatch.setattr(samplers, "KEYFRAME_ROWS", ({"keyframe_steps": 2}, {"keyframe_steps": 3}))
     document = samplers.measure(Bundle.open(tiny_bundle), 1, 1)
-    same = cells(document, "`--video-sampler heun --video-spacing karras --video-steps 2`")
+    same = cells(document, "`--video-sampler heun --video-spacing karras --video-steps 2 --size 64x64`")
     assert same[1] == "3"  # the last of Heun's steps is one call
     assert same[4] == "100.0 (100.0 to 100.0)"
-    other = cells(document, "`--video-steps 2 --video-guidance-interval 0.5-60`")
+    other = cells(document, "`--video-steps 2 --size 64x64 --video-guidance-interval 0.5-60`")
     assert other[1] == "2, 2 of one row"  # the two levels are the highest and the lowest
     assert float(other[4].split()[0]) < 100
     assert cells(document, "`--keyframe-steps 3`")[4] == "100.0 (100.0 to 100.0)"
