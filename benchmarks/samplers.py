@@ -19,7 +19,7 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -32,7 +32,7 @@ from runtime.bundle import Bundle, find
 from runtime.detokenizers import KeyframeDetokenizer, KeyframeSettings, VideoDetokenizer, VideoSettings
 from runtime.diffusion import guided_calls
 from runtime.engines import EngineSet, processors
-from runtime.errors import VideoLavitError
+from runtime.errors import UsageError, VideoLavitError
 from runtime.files import check_output, published
 from runtime.geometry import VAE_FACTOR
 from runtime.media_tokens import MotionTokenizer
@@ -88,7 +88,7 @@ class Tokens:
 
 @dataclass
 class Row:
-    """What was found of one way to take the steps. Lists are by caption."""
+    """What was found of one way to take the steps: `calls` in words; seconds, dB and as asked or not by caption."""
 
     options: Options
     calls: str
@@ -108,8 +108,8 @@ class Detokenizers:
         self._videos = VideoDetokenizer(self._engines, self.manifest, ignore, self._watch)
 
     def settings(self, options: Options) -> Resolved:
-        request = replace(VideoRequest(prompt="a clip"), **options)
-        return resolve(request, self.manifest.geometry, self.manifest.defaults)
+        """A request for a clip with `options`, every field set. Raises UsageError."""
+        return resolve(VideoRequest(prompt="a clip", **options), self.manifest.geometry, self.manifest.defaults)
 
     def keyframe(self, tokens: Tokens, options: Options) -> tuple[np.ndarray, float]:
         """Picture [H, W, 3] uint8, and seconds."""
@@ -135,11 +135,13 @@ class Detokenizers:
         return frames, self._watch.seconds["video"] - before
 
     def keyframe_calls(self, options: Options) -> str:
+        """Network calls of a key frame, in words."""
         settings = self.settings(options)
         schedule = make_schedule(self.manifest.keyframe_scheduler, settings.keyframe_steps, keyframe_schedule(settings))
         return _calls(guided_calls(schedule, settings.image_guidance, settings.image_guidance_interval))
 
     def video_calls(self, options: Options) -> str:
+        """Network calls of a clip, in words."""
         settings = self.settings(options)
         schedule = make_schedule(self.manifest.video_scheduler, settings.video_steps, video_schedule(settings))
         scale = np.array(settings.video_guidance)
@@ -154,6 +156,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="of the processor (default: all)")
     arguments = parser.parse_args()
     try:
+        if arguments.n < 1:
+            raise UsageError(f"-n {arguments.n}: must be at least 1")
         check_output(arguments.output, (".md",), force=True)
         bundle = Bundle.open(find(arguments.bundle))
         text = measure(bundle, arguments.n, arguments.threads)
@@ -216,6 +220,7 @@ def seen_in_clip(scene: Scene, frames: np.ndarray) -> bool:
 
 
 def page(bundle: Bundle, here: Machine, count: int, keyframe_rows: Sequence[Row], video_rows: Sequence[Row]) -> str:
+    """The document as Markdown; the first row of each kind is the one to whose seconds others are compared."""
     versions = ", ".join(f"{name} {version}" for name, version in here.versions.items())
     lines = [
         "# Fewer denoising steps: what they save and what they cost",
