@@ -175,7 +175,10 @@ class _Conditions:
 
 
 def guided_calls(schedule: Schedule, scale: np.ndarray | np.float32, interval: Interval | None) -> list[bool]:
-    """Whether each call of the schedule is guided, which takes two rows of the network: [calls]."""
+    """Whether each call of the schedule is guided, which doubles the rows of the network: [calls].
+
+    `scale` is one number or one per frame; nothing is guided where all are 1. `interval` None is all noise levels.
+    """
     levels = schedule.levels
     if np.all(scale == 1):
         return [False] * len(levels)

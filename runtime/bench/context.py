@@ -57,10 +57,10 @@ class Bench:
                 run()
         self.peak = peak_rss()
 
-    def turn(self, ours: Run, theirs: Callable[[Peer], Run | None]) -> Turn:
-        """The runtime's own run and those of the peers that have it."""
+    def turn(self, ours: Run, theirs: Callable[[Peer], Run | None], part: str = "this stage") -> Turn:
+        """The runtime's own run and those of the peers that have it; a note says who does not do `part`."""
         runs = {peer.name: theirs(peer) for peer in self.peers}
-        missing = [f"{name} does not do this stage, or not all of it" for name, run in runs.items() if run is None]
+        missing = [f"{name} does not do {part}" for name, run in runs.items() if run is None]
         self.notes += [note for note in missing if note not in self.notes]
         return Turn({OURS: ours, **{name: run for name, run in runs.items() if run is not None}})
 

@@ -85,7 +85,8 @@ def decode(bench: Bench) -> list[Row]:
 
 
 def _turn(bench: Bench, ours: Run, work: Decoding) -> Turn:
-    return bench.turn(ours, lambda peer: peer.decode(work))
+    part = "this stage" if work.guidance == 1 else "guided tokens"
+    return bench.turn(ours, lambda peer: peer.decode(work), part)
 
 
 def _own(bench: Bench, work: Decoding, context: Context) -> Run:

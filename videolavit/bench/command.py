@@ -279,7 +279,7 @@ def _peers(
     if "genai" in against:
         engine = bundle.manifest.engines.get("language_model")
         kinds["genai"] = "fp32" if engine is None else engine.precision
-        report.note("genai reads and writes tokens, without guidance; its places in other rows stay empty")
+        report.note("genai reads and writes tokens alone, without guidance")
     return [
         PeerSpec(name, f"export.bench.{name}_peer:make", (*source, kind), PEERS[name]) for name, kind in kinds.items()
     ]
