@@ -267,7 +267,9 @@ def _peers(
     try:
         from videolavit.checkpoints import load
     except ModuleNotFoundError as error:
-        raise EnvironmentProblem(f"--against {against[0]}: {error.name} is not installed; run: {INSTALL}") from error
+        raise EnvironmentProblem(
+            f"--against {against[0]}: {error.name} is not installed; run: {PEERS[against[0]]}"
+        ) from error
     if checkpoint is not None and load(checkpoint).digest != bundle.manifest.source:
         raise BundleError(f"{bundle.path}: was not made from the weights in {checkpoint}; name its own checkpoint")
     device = choose_provider(settings.provider)
