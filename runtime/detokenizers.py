@@ -6,6 +6,7 @@ noise in the order the reference makes it (reference semantics, end of §14).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -96,39 +97,66 @@ class KeyframeDetokenizer:
         self, codes: np.ndarray, settings: KeyframeSettings, noise: Noise, reinjection: Reinjection | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """Codes [n] -> (latents [4, h, w], picture [H, W, 3] uint8)."""
-        width, height = settings.size
+        return self.decode_each([codes], settings, [noise], reinjection)[0]
+
+    def decode_each(
+        self,
+        codes: Sequence[np.ndarray],
+        settings: KeyframeSettings,
+        sources: Sequence[Noise],
+        reinjection: Reinjection | None = None,
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """As `decode`, each of `codes` with noise of its own; an engine is asked for once for all of them."""
         schedule = make_schedule(self._manifest.keyframe_scheduler, settings.steps, settings.schedule)
         scaling = np.float32(self._manifest.keyframe_vae_scaling)
-        # More tokens than the trained range are cut (§14, quirk 4).
-        codes = codes[: self._manifest.geometry.patches]
         with self._watch.stage("keyframe"):
-            conditions = self._engines.get("keyframe_conditioner")(
-                codes=codes[None], counts=np.array([len(codes)], dtype=np.int64)
-            )
-            shape = (1, 4, height // VAE_FACTOR, width // VAE_FACTOR)
+            conditions = self._conditions(codes)
             start = 0
             if reinjection is None:
-                latents = noise.normal(*shape) * np.float32(schedule.init_noise_sigma)
+                starts = [self._normal(settings, noise) * np.float32(schedule.init_noise_sigma) for noise in sources]
             else:
                 start = schedule.first_call(int(reinjection.rate * settings.steps))
                 picture = to_signed(resize_image(reinjection.frame, settings.size))[None]  # [1, 3, H, W]
                 clean = self._engines.get("keyframe_vae_encoder")(image=picture)["latents"] * scaling
-                latents = schedule.add_noise(clean, noise.normal(*shape), start)
-            latents = diffusion.denoise_keyframe(
-                self._engines.get("keyframe_unet"),
-                schedule,
-                prompt_embeds=conditions["prompt_embeds"],
-                pooled=conditions["pooled"],
-                time_ids=diffusion.keyframe_time_ids(settings.size),
-                latents=latents,
-                guidance=settings.guidance,
-                noise=noise,
-                interval=settings.guidance_interval,
-                start=start,
-                on_step=lambda done: self._observer(Progress("keyframe", done, len(schedule.timesteps) - start)),
-            )
-            image = self._engines.get("keyframe_vae_decoder")(latents=latents / scaling)["image"]
-        return latents[0], to_uint8(image)[0]
+                starts = [schedule.add_noise(clean, self._normal(settings, noise), start) for noise in sources]
+            calls = len(schedule.timesteps) - start
+            found = []
+            for index, (condition, latents, noise) in enumerate(zip(conditions, starts, sources, strict=True)):
+                found.append(
+                    diffusion.denoise_keyframe(
+                        self._engines.get("keyframe_unet"),
+                        schedule,
+                        prompt_embeds=condition["prompt_embeds"],
+                        pooled=condition["pooled"],
+                        time_ids=diffusion.keyframe_time_ids(settings.size),
+                        latents=latents,
+                        guidance=settings.guidance,
+                        noise=noise,
+                        interval=settings.guidance_interval,
+                        start=start,
+                        on_step=lambda done, before=index * calls: self._observer(  # type: ignore[misc]
+                            Progress("keyframe", before + done, calls * len(codes))
+                        ),
+                    )
+                )
+            pictures = [
+                to_uint8(self._engines.get("keyframe_vae_decoder")(latents=latents / scaling)["image"])[0]
+                for latents in found
+            ]
+        return [(latents[0], picture) for latents, picture in zip(found, pictures, strict=True)]
+
+    def _conditions(self, codes: Sequence[np.ndarray]) -> list[dict[str, np.ndarray]]:
+        """What the UNet is told of each of `codes`; more tokens than the trained range are cut (§14, quirk 4)."""
+        cut = [one[: self._manifest.geometry.patches] for one in codes]
+        return [
+            self._engines.get("keyframe_conditioner")(codes=one[None], counts=np.array([len(one)], dtype=np.int64))
+            for one in cut
+        ]
+
+    @staticmethod
+    def _normal(settings: KeyframeSettings, noise: Noise) -> np.ndarray:
+        width, height = settings.size
+        return noise.normal(1, 4, height // VAE_FACTOR, width // VAE_FACTOR)
 
 
 class VideoDetokenizer:

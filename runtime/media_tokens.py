@@ -38,6 +38,14 @@ class VisualTokenizer:
 
     def encode(self, pictures: Sequence[np.ndarray], noise: Noise) -> list[PictureTokens]:
         """Tokens of every picture. Raises MediaError when a picture keeps no patch at all."""
+        found = self.kept(pictures, noise)
+        for number, tokens in enumerate(found, 1):
+            if not len(tokens.codes):
+                raise MediaError(f"picture {number}: the visual tokenizer kept none of its patches; try another seed")
+        return found
+
+    def kept(self, pictures: Sequence[np.ndarray], noise: Noise) -> list[PictureTokens]:
+        """Tokens of every picture; none of one that keeps no patch at all."""
         side = self._geometry.image_size
         pixels = np.stack([tokenizer_pixels(picture, side) for picture in pictures])  # [B, 3, S, S]
         encoded = self._engines.get("visual_encoder", task=self._task)(pixels=pixels)
@@ -46,9 +54,6 @@ class VisualTokenizer:
         merged = self._engines.get("visual_merger", task=self._task)(
             features=encoded["features"], keep=kept.astype(np.float32)
         )
-        empty = np.flatnonzero(~kept.any(axis=1))
-        if len(empty):
-            raise MediaError(f"picture {empty[0] + 1}: the visual tokenizer kept none of its patches; try another seed")
         return [
             PictureTokens(codes[keep], embeds[keep])
             for codes, embeds, keep in zip(merged["codes"], merged["embeds"], kept, strict=True)

@@ -12,7 +12,7 @@ codes the geometry asks for; quirks 4, 5, 6, 7, 9, 16 and 19 are fixed.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +22,7 @@ import numpy as np
 
 from runtime import positions, prompts
 from runtime.bundle import Bundle
+from runtime.candidates import batched
 from runtime.decoder import DecodingOptions, collect, text_phase
 from runtime.detokenizers import (
     KeyframeDetokenizer,
@@ -54,7 +55,7 @@ from runtime.requests import (
 )
 from runtime.residency import MemoryPlan
 from runtime.stages import stages_of
-from runtime.token_writer import GENERATE, TokenWriter
+from runtime.token_writer import GENERATE, TokenWriter, Written
 from runtime.tokenizers import TextTokenizer
 
 UNDERSTAND = "understanding"
@@ -155,9 +156,8 @@ class Pipeline:
         if settings.image is not None:
             # Here, and only here, a picture stands in the prompt without its markers (§12.6).
             sequence += self._picture_ids(settings.image, noise)[1:-1]
-        images = self._writer.images(sequence, settings, noise)
-        ids, _ = self._writer.best(self._prompt_ids(settings.prompt), [(ids, None) for ids in images])
-        latents, image = self._keyframes.decode(self._codes(ids), KeyframeSettings.of(settings, settings.size), noise)
+        candidates = [(ids, None) for ids in self._writer.images(sequence, settings, noise)]
+        (ids, _), latents, image = self._best_drawn(candidates, settings, settings.size, noise)
         return ImageResult(ids=tuple(ids), latents=latents, image=image)
 
     def generate_video(self, request: VideoRequest, noise: Noise) -> Iterator[ClipResult]:
@@ -177,18 +177,15 @@ class Pipeline:
             picture_given = index == 0 and settings.image is not None
             given = self._picture_ids(settings.image, noise)[1:] if picture_given else None
             candidates = self._writer.clips(sequence, given, settings, noise, reserve)
-            image_ids, motion_codes = self._writer.best(prompt, candidates)
+            if picture_given:
+                (image_ids, motion_codes), keyframe = self._writer.likeliest(prompt, candidates, 1)[0], settings.image
+            else:
+                before = None if last_frame is None else Reinjection(frame=last_frame, rate=settings.inverse_rate)
+                (image_ids, motion_codes), _, keyframe = self._best_drawn(
+                    candidates, settings, settings.keyframe_size, noise, before
+                )
             motion_span = self._vocabulary.motion_span(motion_codes)
             sequence = [*self._writer.with_image(sequence, image_ids), *motion_span]
-            if picture_given:
-                keyframe = settings.image
-            else:
-                _, keyframe = self._keyframes.decode(
-                    self._codes(image_ids),
-                    KeyframeSettings.of(settings, settings.keyframe_size),
-                    noise,
-                    None if last_frame is None else Reinjection(frame=last_frame, rate=settings.inverse_rate),
-                )
             keyframe = resize_image(keyframe, size)
             motion = MotionTokenizer(self._engines, self._geometry, GENERATE).decode(
                 motion_codes[None], _latent_size(size)
@@ -309,6 +306,39 @@ class Pipeline:
             if motion_codes is not None:
                 parts.append(self._writer.embed([vocabulary.motion_span(motion_codes[index])], UNDERSTAND)[0])
         return np.concatenate(parts)
+
+    # --- choosing --------------------------------------------------------------------------------------------
+
+    def _best_drawn(
+        self,
+        candidates: Sequence[Written],
+        settings: Resolved,
+        size: tuple[int, int],
+        noise: Noise,
+        before: Reinjection | None = None,
+    ) -> tuple[Written, np.ndarray, np.ndarray]:
+        """The candidate that is kept, and latents [4, h, w] and picture [H, W, 3] of its key frame.
+
+        What is drawn may not be what its tokens were read as, so of several finalists the drawn pictures decide.
+        """
+        prompt = self._prompt_ids(settings.prompt)
+        finalists = self._writer.likeliest(prompt, candidates, settings.finalists)
+        *sources, reading = [noise, noise] if len(finalists) == 1 else noise.spawn(len(finalists) + 1)
+        codes = [self._codes(ids) for ids, _ in finalists]
+        drawn = self._keyframes.decode_each(codes, KeyframeSettings.of(settings, size), sources, before)
+        best = 0
+        if len(finalists) > 1:
+            seen = self._pictures_ids([picture for _, picture in drawn], reading)
+            read = [(ids[1:], motion) for ids, (_, motion) in zip(seen, finalists, strict=True)]
+            best = int(np.argmax(self._writer.likelihoods(prompt, read)))
+        return finalists[best], *drawn[best]
+
+    def _pictures_ids(self, pictures: Sequence[np.ndarray], noise: Noise) -> list[list[int]]:
+        """Pictures as they stand in a prompt, without a visual id where nothing of one was kept."""
+        tokenizer = VisualTokenizer(self._engines, self._geometry, GENERATE)
+        with self._watch.stage("visual tokens"):
+            parts = batched(pictures, self._defaults.max_clips)
+            return [self._vocabulary.image_span(one.codes) for part in parts for one in tokenizer.kept(part, noise)]
 
     # --- settings --------------------------------------------------------------------------------------------
 

@@ -29,6 +29,9 @@ class ImageRequest:
     Attributes:
         candidates: tries of which the one is kept that the prompt is likeliest to be said of. One where there is no
             prompt, or where `greedy` would make them all the same.
+        finalists: of the candidates, the likeliest with different pictures, which are drawn; their pictures are read
+            again as they came out, and the one is kept that the prompt is then likeliest to be said of. One draws what
+            is kept and nothing else. At most as many as candidates.
     """
 
     prompt: str | None = None
@@ -43,6 +46,7 @@ class ImageRequest:
     max_image_tokens: int | None = None
     min_image_tokens: int | None = None
     candidates: int | None = None
+    finalists: int | None = None
     keyframe_sampler: str | None = None
     keyframe_spacing: str | None = None
     image_guidance_interval: tuple[float, float] | None = None
@@ -56,6 +60,7 @@ class VideoRequest:
     `sampled_motion` None follows the reference: greedy from text alone, sampled when a picture is given; and sampled
     where there are several candidates, which it tells apart.
     `greedy` takes the arg-max everywhere. `candidates`: as for pictures, tries of each clip's key frame and motion.
+    `finalists`: as for pictures; a key frame that is given is not drawn.
     """
 
     prompt: str | None = None
@@ -75,6 +80,7 @@ class VideoRequest:
     max_image_tokens: int | None = None
     min_image_tokens: int | None = None
     candidates: int | None = None
+    finalists: int | None = None
     inverse_rate: float | None = None
     noise_augmentation: float | None = None
     motion_bucket: int | None = None
@@ -185,6 +191,8 @@ def resolve(request: Request, geometry: Geometry, defaults: TaskDefaults) -> Res
         elif hasattr(defaults, field.name):
             values[field.name] = getattr(defaults, field.name)
     resolved: Resolved = replace(request, **values)  # type: ignore[arg-type]
+    if "finalists" in values:
+        resolved = replace(resolved, finalists=min(resolved.finalists, resolved.candidates))
     if isinstance(request, VideoRequest) and request.sampled_motion is None:
         resolved = replace(resolved, sampled_motion=resolved.image is not None or resolved.candidates > 1)
     _check(resolved, geometry)
@@ -213,6 +221,7 @@ _LIMITS: dict[str, tuple[float, float]] = {
     "top_p": (0.0001, 1),
     "max_image_tokens": (1, 4096),
     "candidates": (1, 1000),
+    "finalists": (1, 100),
     "max_answer_tokens": (1, 4096),
     "inverse_rate": (0, 0.99),
     "noise_augmentation": (0, 10),
@@ -246,6 +255,11 @@ def _check(request: Request, geometry: Geometry) -> None:
             )
         if request.greedy:  # type: ignore[union-attr]
             raise UsageError(f"--candidates {candidates}: with --greedy all are the same; leave one of the two out")
+    if candidates is not None and (finalists := request.finalists) > candidates:  # type: ignore[union-attr]
+        raise UsageError(
+            f"--finalists {finalists}: more than there are candidates ({candidates}); ask for at most as many, or for "
+            "more with --candidates"
+        )
     if isinstance(request, AnswerRequest) and not request.question.strip():
         raise UsageError('QUESTION is empty: ask something, for example "what moves?"')
     if (

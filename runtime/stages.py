@@ -22,14 +22,16 @@ _CLIP: tuple[Stage, ...] = (
 
 def stages_of(settings: Resolved) -> tuple[Stage, ...]:
     """The stages of a resolved request."""
+    # Pictures that were drawn to choose from them are read again.
+    choosing = (*_PICTURE_TOKENS, TOKENS) if getattr(settings, "finalists", 1) > 1 else ()
     if isinstance(settings, VideoRequest):
-        first = (*_PICTURE_TOKENS, TOKENS) if settings.image is not None else (TOKENS, *_KEYFRAME)
+        first = (*_PICTURE_TOKENS, TOKENS) if settings.image is not None else (TOKENS, *_KEYFRAME, *choosing)
         conditioner, *rest = _KEYFRAME
-        again: tuple[Stage, ...] = (TOKENS, conditioner, ("keyframe_vae_encoder",), *rest)
+        again: tuple[Stage, ...] = (TOKENS, conditioner, ("keyframe_vae_encoder",), *rest, *choosing)
         clip: tuple[Stage, ...] = (("motion_decoder",), *_CLIP)
         return (*first, *clip, *(settings.clips - 1) * (*again, *clip))
     if isinstance(settings, ImageRequest):
-        return (*(_PICTURE_TOKENS if settings.image is not None else ()), TOKENS, *_KEYFRAME)
+        return (*(_PICTURE_TOKENS if settings.image is not None else ()), TOKENS, *_KEYFRAME, *choosing)
     if isinstance(settings, ReconstructionRequest):
         return (*((("motion_encoder",), ("motion_decoder",)) if settings.through_tokens else ()), *_CLIP)
     if isinstance(settings, AnswerRequest):

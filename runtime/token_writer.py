@@ -103,11 +103,20 @@ class TokenWriter:
         # A control id in the user's own words is lost here too, as in the reference (quirk 10).
         return strip_pad([*sequence, self._vocabulary.image_start, *image_ids])
 
-    def best(self, prompt: Sequence[int], candidates: Sequence[Written]) -> Written:
-        """The candidate that the prompt is likeliest to be said of; the first of equals."""
+    def likeliest(self, prompt: Sequence[int], candidates: Sequence[Written], count: int) -> list[Written]:
+        """The `count` candidates that the prompt is likeliest to be said of, the likeliest first; or fewer.
+
+        One of each picture, and none without a visual token beside others.
+        """
         if len(candidates) == 1:
-            return candidates[0]
-        return candidates[int(np.argmax(self.likelihoods(prompt, candidates)))]
+            return list(candidates)
+        found = self.likelihoods(prompt, candidates)
+        kept: dict[tuple[int, ...], Written] = {}
+        for index in np.argsort(-found, kind="stable"):
+            if len(kept) == count or (kept and np.isneginf(found[index])):
+                break
+            kept.setdefault(tuple(candidates[index][0]), candidates[index])
+        return list(kept.values())
 
     def likelihoods(self, prompt: Sequence[int], candidates: Sequence[Written]) -> np.ndarray:
         """How likely the prompt is after each candidate, [N]; minus infinity without a visual token."""

@@ -46,6 +46,6 @@ def token_pipeline(tiny_bundle: Path) -> Iterator[Pipeline]:
     frame = np.zeros((128, 128, 3), np.uint8)
     with Pipeline(tiny_bundle, threads=1) as opened:
         whole: Any = opened
-        whole._keyframes = SimpleNamespace(decode=lambda *given: (None, frame))
+        whole._keyframes = SimpleNamespace(decode_each=lambda codes, *given: [(None, frame)] * len(codes))
         whole._videos = SimpleNamespace(decode=lambda *given: (None, frame[None]))
         yield opened

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from runtime.candidates import batched
 from runtime.errors import UsageError
+from runtime.media_tokens import PictureTokens, VisualTokenizer
 from runtime.noise import Noise, Streams
 from runtime.pipeline import Pipeline
 from runtime.recipe import command_line, make_recipe
@@ -132,7 +134,77 @@ def test_one_try_where_more_would_be_for_nothing(token_pipeline: Pipeline, reque
         candidates(prompt=PROMPT, candidates=0)
 
 
+@pytest.mark.parametrize("request_", [VideoRequest, ImageRequest])
+def test_no_more_finalists_than_candidates(token_pipeline: Pipeline, request_: Any) -> None:
+    geometry, defaults = token_pipeline.manifest.geometry, TaskDefaults(candidates=8, finalists=3)
+
+    def finalists(**given: Any) -> int:
+        return resolve(request_(prompt=PROMPT, **given), geometry, defaults).finalists
+
+    assert (finalists(), finalists(candidates=2), finalists(greedy=True), finalists(finalists=8)) == (3, 2, 1, 8)
+    with pytest.raises(UsageError, match=r"--finalists 9: more than there are candidates \(8\)"):
+        finalists(finalists=9)
+    with pytest.raises(UsageError, match=r"--finalists 2: more than there are candidates \(1\)"):
+        finalists(greedy=True, finalists=2)
+    with pytest.raises(UsageError, match="--finalists 0: must be from 1"):
+        finalists(finalists=0)
+
+
+@pytest.mark.parametrize(("read", "kept"), [([-3.0, -1.0, -2.0], 1), ([-1.0, -1.0, -2.0], 0)])
+def test_the_drawn_pictures_decide_among_the_finalists(
+    token_pipeline: Pipeline, read: list[float], kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = resolve(VIDEO, token_pipeline.manifest.geometry, token_pipeline.manifest.defaults)
+    tries = token_pipeline._writer.clips(token_pipeline._prompt_ids(PROMPT), None, settings, Noise(5), 0)
+    assert len({tuple(ids) for ids, _ in tries}) == 4
+    given = iter([np.array([-1.0, -4.0, -2.0, -3.0]), np.array(read)])
+    monkeypatch.setattr(token_pipeline._writer, "likelihoods", lambda prompt, candidates: next(given))
+    (made,) = token_pipeline.generate_video(replace(VIDEO, finalists=3), Noise(5))
+    assert made.image_ids == tuple(tries[[0, 2, 3][kept]][0])
+
+
+def test_a_finalist_that_shows_nothing_is_not_kept(token_pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt, kept = token_pipeline._prompt_ids(PROMPT), VisualTokenizer.kept
+
+    def first_empty(self: VisualTokenizer, pictures: Any, noise: Noise) -> list[PictureTokens]:
+        first, *rest = kept(self, pictures, noise)
+        return [PictureTokens(first.codes[:0], first.embeds[:0]), *rest]
+
+    settings = resolve(VIDEO, token_pipeline.manifest.geometry, token_pipeline.manifest.defaults)
+    tries = token_pipeline._writer.clips(prompt, None, settings, Noise(5), 0)
+    _, second = token_pipeline._writer.likeliest(prompt, tries, 2)
+    monkeypatch.setattr(VisualTokenizer, "kept", first_empty)
+    (made,) = token_pipeline.generate_video(replace(VIDEO, finalists=2), Noise(5))
+    assert made.image_ids == tuple(second[0])
+
+
+def test_finalists_have_different_pictures(token_pipeline: Pipeline) -> None:
+    prompt, vocabulary = token_pipeline._prompt_ids(PROMPT), token_pipeline.manifest.vocabulary
+    one, other = ([vocabulary.first_visual + code, vocabulary.image_end] for code in (0, 1))
+    motions = [np.full(token_pipeline.manifest.geometry.motion_tokens, code) for code in range(3)]
+    tries = [(one, motions[0]), (other, motions[1]), (one, motions[2]), ([vocabulary.image_end], motions[0])]
+    found = token_pipeline._writer.likelihoods(prompt, tries)
+    ranked = token_pipeline._writer.likeliest(prompt, tries, 4)
+    assert len(ranked) == 2 and {tuple(ids) for ids, _ in ranked} == {tuple(one), tuple(other)}
+    assert ranked[0] is tries[int(np.argmax(found))]
+
+
+def test_torch_keeps_the_same_of_several_drawn_pictures(tiny_bundle: Path, tiny_checkpoint: Path) -> None:
+    checkpoint = load(tiny_checkpoint)
+    request = replace(IMAGE, finalists=3, keyframe_steps=2)
+    first = set()
+    with Pipeline(tiny_bundle, threads=1) as whole:
+        torch_own = Reference(checkpoint, checkpoint.config, TextTokenizer(whole.bundle.file(whole.manifest.tokenizer)))
+        for seed in range(3):
+            ours, theirs = (made.generate_image(request, Noise(seed)) for made in (whole, torch_own))
+            assert ours.ids == theirs.ids
+            np.testing.assert_allclose(ours.latents, theirs.latents, atol=1e-3)
+            alone = whole.generate_image(replace(request, finalists=1), Noise(seed))
+            first.add(alone.ids == ours.ids)
+    assert False in first  # or drawing them would not have mattered
+
+
 def test_a_recipe_tells_how_many_there_were(token_pipeline: Pipeline) -> None:
     settings = resolve(VIDEO, token_pipeline.manifest.geometry, token_pipeline.manifest.defaults)
     recipe = make_recipe("generate", token_pipeline.bundle, settings, 3, {})
-    assert "--candidates 4" in command_line(recipe, Path("out.mp4"))
+    assert "--candidates 4 --finalists 1" in command_line(recipe, Path("out.mp4"))

@@ -183,7 +183,7 @@ def test_generation_rows_are_the_runtimes_contexts(monkeypatch: pytest.MonkeyPat
         engines.written += [*(codes + V.first_visual), V.image_end, *[V.first_motion + 1] * K]
     pipeline = pipeline_with(engines, monkeypatch, layout)
     frame = np.zeros((128, 128, 3), np.uint8)
-    pipeline._keyframes = type("", (), {"decode": lambda *a: (None, frame)})()
+    pipeline._keyframes = type("", (), {"decode_each": lambda self, codes, *a: [(None, frame)] * len(codes)})()
     pipeline._videos = type("", (), {"decode": lambda *a: (None, frame[None])})()
     monkeypatch.setattr("runtime.pipeline.MotionTokenizer.decode", lambda *a: np.zeros((1, 2, 24, 16, 16)))
     request = VideoRequest(prompt=example["captions"][0], clips=2, greedy=True)

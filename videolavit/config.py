@@ -237,6 +237,7 @@ def _shapes() -> ModelConfig:
             top_k=3,
             temperature=0.8,
             candidates=64,
+            finalists=3,
             keyframe_steps=16,
             video_steps=12,
             max_image_tokens=66,
@@ -256,6 +257,7 @@ _CHOSEN_BY_TRIAL = (
     "top_k",
     "temperature",
     "candidates",
+    "finalists",
 )
 
 

@@ -301,7 +301,7 @@ class _Pipeline(Pipeline):
         self._geometry, self._vocabulary, self._defaults = trace.geometry, VOCABULARY, MODEL.defaults
         self._observer, self._watch, self._text = ignore, Stopwatch(), trace.tokenizer
         self._writer = _Writer(trace, engines, manifest, ignore, self._watch)
-        self._keyframes: Any = SimpleNamespace(decode=self._decode_keyframe)
+        self._keyframes: Any = SimpleNamespace(decode_each=self._decode_keyframes)
         self._videos: Any = SimpleNamespace(decode=self._decode_clip)
         self._motion_codes: list[int] = []
 
@@ -324,16 +324,21 @@ class _Pipeline(Pipeline):
             name
         ]
 
-    def _decode_keyframe(
-        self, codes: np.ndarray, settings: KeyframeSettings, noise: Noise, reinjection: Reinjection | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def _decode_keyframes(
+        self,
+        codes: Sequence[np.ndarray],
+        settings: KeyframeSettings,
+        sources: Sequence[Noise],
+        reinjection: Reinjection | None = None,
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        (only,) = codes  # a recorded run has one candidate
         level = 0
         if reinjection is not None:
             level = int(reinjection.rate * settings.steps)
             pixel = tuple(reinjection.frame[0, 0].tolist())
             self._trace.add("noise", pixel=pixel, level=level, size=settings.size)
-        _keyframe_call(self._trace, codes.tolist(), settings.size, settings.steps, settings.guidance, level)
-        return np.zeros(0), self._trace.keyframe(settings.size)
+        _keyframe_call(self._trace, only.tolist(), settings.size, settings.steps, settings.guidance, level)
+        return [(np.zeros(0), self._trace.keyframe(settings.size))]
 
     def _decode_clip(
         self, keyframe: np.ndarray, motion: np.ndarray, settings: VideoSettings, noise: Noise

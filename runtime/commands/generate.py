@@ -17,7 +17,7 @@ import numpy as np
 
 from runtime.commands.options import (
     Size,
-    candidates_option,
+    candidates_options,
     choose_seed,
     keyframe_schedule_options,
     model_options,
@@ -70,7 +70,7 @@ class Job:
 @click.option("--size", type=Size(), help="Video size. [default: the model's]")
 @click.option("--keyframe-size", type=Size(), help="Size at which key frames are made. [default: the model's]")
 @seed_option
-@candidates_option
+@candidates_options
 @click.option("--keyframe-steps", type=int, help="Denoising steps of a key frame.")
 @click.option("--video-steps", type=int, help="Denoising steps of a clip.")
 @click.option("--text-guidance", type=float, help="Guidance while image tokens are written.")

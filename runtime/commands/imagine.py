@@ -12,7 +12,7 @@ import click
 
 from runtime.commands.options import (
     Size,
-    candidates_option,
+    candidates_options,
     choose_seed,
     keyframe_schedule_options,
     model_options,
@@ -41,7 +41,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg")
 @click.option("--image", type=click.Path(path_type=Path), help="A picture to go with, or instead of, the text.")
 @click.option("--size", type=Size(), help="Picture size. [default: the model's]")
 @seed_option
-@candidates_option
+@candidates_options
 @click.option("--keyframe-steps", type=int, help="Denoising steps.")
 @click.option("--text-guidance", type=float, help="Guidance while image tokens are written.")
 @click.option("--image-guidance", type=float, help="Guidance while the picture is denoised.")

@@ -152,11 +152,25 @@ def sampling_options(function: F) -> F:
     return function
 
 
-candidates_option = click.option(
-    "--candidates",
-    type=int,
-    help="Write it so many times and keep the one that PROMPT is likeliest to be said of. [default: the model's]",
-)
+def candidates_options(function: F) -> F:
+    """--candidates, --finalists."""
+    for option in (
+        click.option(
+            "--finalists",
+            type=int,
+            help="Draw so many of them, read the pictures again and keep one of these. [default: the model's]",
+        ),
+        click.option(
+            "--candidates",
+            type=int,
+            help="Write it so many times and keep the one that PROMPT is likeliest to be said of. "
+            "[default: the model's]",
+        ),
+    ):
+        function = option(function)
+    return function
+
+
 seed_option = click.option(
     "--seed", type=click.IntRange(0, 2**63 - 1), help="Seed of all randomness. [default: random, printed]"
 )

@@ -44,6 +44,9 @@ from videolavit.models.motion_tokenizer import MOTION_SCALE
 from videolavit.reference import clips, keyframes
 from videolavit.reference.tokens import Rules, write
 
+Written = tuple[list[int], Any]  # image ids, and motion ids where it is a clip, else None
+_EMPTY = "picture: no part of it was found worth a visual token; try another seed or picture"
+
 
 class Reference:
     """All tasks of the model in torch.
@@ -81,8 +84,7 @@ class Reference:
         if settings.image is not None:
             prompt += self.picture_ids(settings.image, noise)
         images = [self.write_image_ids(prompt, settings, source) for source in _sources(settings, noise)]
-        ids, _ = self.best([(ids, None) for ids in images], settings)
-        latents, image = self.decode_keyframe(ids, settings.size, settings, noise)
+        (ids, _), latents, image = self.best_drawn([(ids, None) for ids in images], settings.size, settings, noise)
         return ImageResult(ids=tuple(ids), latents=latents, image=image)
 
     def generate_video(self, request: VideoRequest, noise: Noise) -> Iterator[ClipResult]:
@@ -95,16 +97,14 @@ class Reference:
             given: list[int] | None = None
             if before is None and settings.image is not None:
                 given = [*self.picture_ids(settings.image, noise), vocabulary.image_end]
-            image_ids, motion_ids = self.write_clip_ids(sequence, given, settings, noise)
-            sequence = self.after(sequence, image_ids, motion_ids)
-            if before is not None:
-                level = int(settings.inverse_rate * settings.keyframe_steps)
-                start = self.noise_last_frame(before.frames[-1], level, settings, noise)
-                _, keyframe = self.decode_keyframe(image_ids, settings.keyframe_size, settings, noise, start, level)
-            elif settings.image is not None:
-                keyframe = settings.image
+            candidates = self.write_clips(sequence, given, settings, noise)
+            if given is not None:
+                (image_ids, motion_ids), keyframe = self.likeliest(candidates, 1, settings)[0], settings.image
             else:
-                _, keyframe = self.decode_keyframe(image_ids, settings.keyframe_size, settings, noise)
+                last = None if before is None else before.frames[-1]
+                kept, _, keyframe = self.best_drawn(candidates, settings.keyframe_size, settings, noise, last)
+                image_ids, motion_ids = kept
+            sequence = self.after(sequence, image_ids, motion_ids)
             keyframe = resize_image(keyframe, settings.size)
             latents, frames = self.decode_clip(keyframe, self.motion_of(motion_ids, settings.size), settings, noise)
             before = ClipResult(
@@ -155,22 +155,27 @@ class Reference:
 
     def picture_ids(self, picture: np.ndarray, noise: Noise) -> list[int]:
         """Visual ids of `picture` [H, W, 3] uint8, without markers (§6.5)."""
-        features, keep = self.look((picture,), noise)
+        (ids,) = self.pictures_ids((picture,), noise)
+        if not ids:
+            raise MediaError(_EMPTY)
+        return ids
+
+    @torch.inference_mode()
+    def pictures_ids(self, pictures: Sequence[np.ndarray], noise: Noise) -> list[list[int]]:
+        """Visual ids of each of `pictures`, without markers; none of one that keeps no patch."""
+        features, keep = self.look(pictures, noise)
         tokenizer = self.module("visual_tokenizer")
-        with torch.inference_mode():
-            codes = tokenizer.codes(tokenizer.merge(features, keep))[keep > 0]  # [n]
-        return (codes + self.config.vocabulary.first_visual).tolist()
+        codes = tokenizer.codes(tokenizer.merge(features, keep)) + self.config.vocabulary.first_visual  # [B, N]
+        return [row[kept].tolist() for row, kept in zip(codes, keep > 0, strict=True)]
 
     @torch.inference_mode()
     def look(self, pictures: Sequence[np.ndarray], noise: Noise) -> tuple[Tensor, Tensor]:
-        """Features [B, N, W] and keep decision [B, N] of uint8 pictures. Raises MediaError if one keeps nothing."""
+        """Features [B, N, W] and keep decision [B, N] of uint8 pictures."""
         tokenizer = self.module("visual_tokenizer")
         features = tokenizer.features(self.pixels(pictures))
         logits = tokenizer.keep_logits(features)  # [B, N, 2]
         gumbel = self.tensor(noise.gumbel(*logits.shape))
         keep = (logits + gumbel).argmax(dim=-1) == 0  # [B, N]
-        if not keep.any(dim=1).all():
-            raise MediaError("picture: no part of it was found worth a visual token; try another seed or picture")
         return features, keep.to(features.dtype)
 
     def pixels(self, pictures: Sequence[np.ndarray]) -> Tensor:
@@ -178,10 +183,10 @@ class Reference:
         side = self.config.geometry.image_size
         return self.tensor(np.stack([tokenizer_pixels(picture, side) for picture in pictures]))
 
-    def write_clip_ids(
+    def write_clips(
         self, prompt: list[int], image_ids: list[int] | None, settings: Resolved, noise: Noise
-    ) -> tuple[list[int], list[int]]:
-        """Image ids after `prompt`, written unless they are given, and the motion ids that follow: the best try's."""
+    ) -> list[Written]:
+        """The candidates: image ids after `prompt`, written unless they are given, and the motion ids that follow."""
         if image_ids is None:
             images = [self.write_image_ids(prompt, settings, source) for source in _sources(settings, noise)]
         else:
@@ -190,13 +195,43 @@ class Reference:
             self.write_motion_ids(self.after(prompt, ids), settings, source)
             for ids, source in zip(images, _sources(settings, noise), strict=True)
         ]
-        return self.best(list(zip(images, motions, strict=True)), settings)
+        return list(zip(images, motions, strict=True))
 
-    def best(self, candidates: Sequence[tuple[list[int], Any]], settings: Resolved) -> tuple[list[int], Any]:
-        """The one of (image ids, motion ids or None) that the prompt is likeliest to be said of; one alone unjudged."""
+    def likeliest(self, candidates: Sequence[Written], count: int, settings: Resolved) -> list[Written]:
+        """At most `count` candidates of different pictures, by how likely the prompt is; one alone unjudged."""
         if len(candidates) == 1:
-            return candidates[0]
-        return max(candidates, key=lambda one: self.likelihood(settings, *one))
+            return list(candidates)
+        judged = [(self.likelihood(settings, *one), one) for one in candidates]
+        ranked = [one for nats, one in sorted(judged, key=lambda pair: -pair[0]) if nats > -np.inf]
+        pictures: list[list[int]] = []
+        return [one for one in ranked or candidates[:1] if _new(one[0], pictures)][:count]
+
+    def best_drawn(
+        self,
+        candidates: Sequence[Written],
+        size: tuple[int, int],
+        settings: Resolved,
+        noise: Noise,
+        last_frame: np.ndarray | None = None,
+    ) -> tuple[Written, np.ndarray, np.ndarray]:
+        """The candidate that is kept, its latents [4, h, w] and picture [H, W, 3] (`ImageRequest.finalists`)."""
+        finalists = self.likeliest(candidates, settings.finalists, settings)
+        sources = [noise] if len(finalists) == 1 else noise.spawn(len(finalists) + 1)
+        drawn = []
+        for (ids, _), source in zip(finalists, sources, strict=False):  # the last source is for reading them again
+            if last_frame is None:
+                drawn.append(self.decode_keyframe(ids, size, settings, source))
+                continue
+            level = int(settings.inverse_rate * settings.keyframe_steps)
+            start = self.noise_last_frame(last_frame, level, settings, source)
+            drawn.append(self.decode_keyframe(ids, size, settings, source, start, level))
+        if len(finalists) == 1:
+            return finalists[0], *drawn[0]
+        end, judged = self.config.vocabulary.image_end, []
+        for ids, (_, motion) in zip(self.pictures_ids([p for _, p in drawn], sources[-1]), finalists, strict=True):
+            judged.append(self.likelihood(settings, [*ids, end], motion))
+        best = int(np.argmax(judged))
+        return finalists[best], *drawn[best]
 
     def after(self, prompt: list[int], image_ids: list[int], motion_ids: list[int] | None = None) -> list[int]:
         """Ids of `prompt` and a picture or a clip, with the latter's markers."""
@@ -277,6 +312,8 @@ class Reference:
     def see(self, pictures: Sequence[np.ndarray], noise: Noise) -> list[Tensor]:
         """Embeddings [n, D] of the kept tokens of each picture; nothing is quantised (§6.5)."""
         features, keep = self.look(pictures, noise)
+        if not keep.any(dim=1).all():
+            raise MediaError(_EMPTY)
         tokenizer = self.module("visual_tokenizer")
         embeds = tokenizer.embeds(tokenizer.merge(features, keep))  # [B, N, D]
         return [row[kept] for row, kept in zip(embeds, keep > 0, strict=True)]
@@ -397,6 +434,14 @@ class Reference:
     def tensor(self, array: np.ndarray) -> Tensor:
         """`array` where the modules compute."""
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._device, self._dtype)
+
+
+def _new(picture: list[int], before: list[list[int]]) -> bool:
+    """Whether `picture` is not among those `before`, which it then is."""
+    if picture in before:
+        return False
+    before.append(picture)
+    return True
 
 
 def _array(tensor: Tensor) -> np.ndarray:
