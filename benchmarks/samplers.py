@@ -3,8 +3,9 @@
     PYTHONPATH=. python benchmarks/samplers.py engines/shapes -n 20 -o docs/benchmarks/samplers.md
 
 Contract: for each held-out caption, every other one of two shapes, the runtime writes the tokens of one clip with its
-defaults, of which the best by its tokens is taken. Every row then makes the key frame, or from one key frame the clip, of the same tokens and the same noise
-with other options of `videolavit generate`; rows take turns, beginning with another one each time. Told are
+defaults, of which the best by its tokens is taken. Every row then makes the key frame, or from one key frame the clip,
+of the same tokens and the same noise with other options of `videolavit generate`; rows take turns, beginning with
+another one each time. Told are
 
 - network calls, where a call that is guided is one of two rows;
 - seconds of one denoising loop and all that leads to it, without decoding: the median over captions;
@@ -200,9 +201,8 @@ def write_tokens(context: Context, index: int) -> Tokens:
     number = context.number("samplers", index)
     scene, prompt = described_scene(number, 1 + index % 2)
     manifest = context.pipeline.manifest
-    clip = next(
-        context.pipeline.generate_video(VideoRequest(prompt=prompt, finalists=1, keyframe_steps=1, video_steps=2), Noise(number))
-    )
+    request = VideoRequest(prompt=prompt, finalists=1, keyframe_steps=1, video_steps=2)
+    clip = next(context.pipeline.generate_video(request, Noise(number)))
     codes = manifest.vocabulary.visual_codes_of(clip.image_ids)
     motion = manifest.vocabulary.motion_codes_of(clip.motion_ids, len(clip.motion_ids))
     return Tokens(scene, codes, motion, number)

@@ -24,6 +24,7 @@ ROOT = Path(__file__).parent.parent
 VIDEO = ROOT / "tests" / "data" / "media" / "video7013.mp4"
 STEPS = ["--keyframe-steps", "2", "--video-steps", "2"]
 QUICK = [*STEPS, "--size", "64x64"]
+TOLD = [*QUICK, "--candidates", "4"]  # where a prompt can choose among them; the default's many take longer
 SCHEDULE = ["--keyframe-sampler", "heun", "--keyframe-spacing", "ays", "--image-guidance-interval", "0.3-5"]
 SCHEDULE += ["--video-spacing", "exponential", "--video-sigmas", "0.02-80.5"]
 
@@ -92,7 +93,7 @@ def frames_of(path: Path) -> int:
 
 
 def test_generate_writes_a_clip_with_its_recipe(run, tmp_path: Path) -> None:
-    done = run("generate", "a red circle moving right", "-o", "a.mp4", "--seed", "5", *QUICK)
+    done = run("generate", "a red circle moving right", "-o", "a.mp4", "--seed", "5", *TOLD)
     assert done.code == 0, done.err
     assert "seed 5" in done.out
     assert "untrained" not in done.err
@@ -105,17 +106,17 @@ def test_generate_writes_a_clip_with_its_recipe(run, tmp_path: Path) -> None:
     assert sidecar["peak_rss_bytes"] >= max(sidecar["stage_peak_rss_bytes"].values()) > 0
     assert sidecar["stage_peak_rss_bytes"].keys() == sidecar["seconds"].keys()
     assert sidecar["engine_bytes"]["video_unet"] > 0
-    assert run("generate", "a red circle moving right", "-o", "b.mp4", "--seed", "5", *QUICK).code == 0
+    assert run("generate", "a red circle moving right", "-o", "b.mp4", "--seed", "5", *TOLD).code == 0
     assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
 
 
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["generate", 'it\'s a "star"', "--size", "96x64", "--top-k", "7", *STEPS],
+        ["generate", 'it\'s a "star"', "--size", "96x64", "--top-k", "7", *STEPS, "--candidates", "4"],
         ["generate", "--image", "picture.png", "--greedy", *QUICK],
-        ["generate", "a star", "--video-guidance-interval", "0.5-60", "--video-sampler", "dpmpp-2m", *SCHEDULE, *QUICK],
-        ["imagine", "a star", "--keyframe-steps", "2"],
+        ["generate", "a star", "--video-guidance-interval", "0.5-60", "--video-sampler", "dpmpp-2m", *SCHEDULE, *TOLD],
+        ["imagine", "a star", "--keyframe-steps", "2", "--candidates", "4"],
         ["reconstruct", str(VIDEO), "--motion", "tokens", "--start", "1.5", "--video-steps", "2", "--size", "64x64"],
     ],
     ids=["text", "image", "schedule", "imagine", "reconstruct"],
@@ -133,13 +134,13 @@ def test_inspect_prints_the_command_that_makes_the_same_file(
 
 
 def test_seed_is_drawn_printed_and_recorded(run, tmp_path: Path) -> None:
-    done = run("generate", "a star", "-o", "a.mp4", "--json", *QUICK)
+    done = run("generate", "a star", "-o", "a.mp4", "--json", *TOLD)
     seed = done.events[-1]["seed"]
     assert json.loads((tmp_path / "a.mp4.json").read_text())["seed"] == seed
 
 
 def test_long_video_drops_the_repeated_frame(run, tmp_path: Path) -> None:
-    done = run("generate", "a star", "-o", "a.mp4", "--clips", "2", "--memory-budget", "2M", "--json", *QUICK)
+    done = run("generate", "a star", "-o", "a.mp4", "--clips", "2", "--memory-budget", "2M", "--json", *TOLD)
     assert done.code == 0, done.err
     [plan] = [event for event in done.events if event["event"] == "memory plan"]
     assert plan["budget_bytes"] == 2 << 20 and len(plan["loads"]) > len(plan["engine_bytes"])
@@ -348,7 +349,20 @@ def test_unwritable_folder(run, files: Path) -> None:
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_leaves_nothing_behind(tmp_path: Path, kind: signal.Signals) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-m", "videolavit", "generate", "a star", "-o", "a.mp4", "--clips", "5", "--json"],
+        [
+            sys.executable,
+            "-m",
+            "videolavit",
+            "generate",
+            "a star",
+            "-o",
+            "a.mp4",
+            "--clips",
+            "5",
+            "--candidates",
+            "4",
+            "--json",
+        ],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,

@@ -36,7 +36,8 @@ def test_a_whole_generation_brings_no_torch(tmp_path: Path) -> None:
     out = tmp_path / "clip.mp4"
     loaded = loaded_by(
         "from videolavit.cli import main\n"
-        f"try: main(['generate', 'a red circle', '-o', {str(out)!r}, '--keyframe-steps', '2', '--video-steps', '2'])\n"
+        f"few = ['-o', {str(out)!r}, '--keyframe-steps', '2', '--video-steps', '2', '--candidates', '2']\n"
+        "try: main(['generate', 'a red circle', *few])\n"
         "except SystemExit as stop: assert stop.code == 0"
     )
     assert out.is_file()

@@ -98,9 +98,9 @@ PICTURE[40:90, 40:90] = (230, 20, 20)  # something for the visual tokenizer to k
 GRID = np.random.default_rng(0).normal(size=(24, 2, 8, 8)).astype(np.float32)
 FEW: dict[str, Any] = {"keyframe_steps": 2}
 REQUESTS: dict[str, Request] = {
-    "text to video": VideoRequest(prompt="a star", clips=2, video_steps=2, **FEW),
-    "picture to video": VideoRequest(image=PICTURE, prompt="a star", video_steps=2, **FEW),
-    "text to image": ImageRequest(prompt="a star", **FEW),
+    "text to video": VideoRequest(prompt="a star", clips=2, candidates=4, video_steps=2, **FEW),
+    "picture to video": VideoRequest(image=PICTURE, prompt="a star", candidates=4, video_steps=2, **FEW),
+    "text to image": ImageRequest(prompt="a star", candidates=4, **FEW),
     "image to image": ImageRequest(image=PICTURE, **FEW),
     "raw motion": ReconstructionRequest(keyframe=PICTURE, motion=GRID, video_steps=2),
     "motion tokens": ReconstructionRequest(keyframe=PICTURE, motion=GRID, video_steps=2, through_tokens=True),

@@ -229,7 +229,7 @@ def _shapes() -> ModelConfig:
         keyframe_scheduler=SchedulerSettings(kind="ddim", prediction="v_prediction", spacing="trailing", beta_end=0.02),
         # Guidance, sampling and candidates by trial on held-out captions that `evaluate` does not ask: two shapes went
         # their ways oftener at temperature 0.8 than at 0.4, whose candidates are too much alike, and no oftener at 1.2.
-        # Six steps of second order come nearer to what many lead to than twelve of Euler's (docs/benchmarks/samplers.md).
+        # Six steps of second order are nearer to what many lead to than 12 of Euler's (docs/benchmarks/samplers.md).
         defaults=TaskDefaults(
             image_guidance=2.0,
             text_guidance=1.5,

@@ -203,8 +203,10 @@ class Reference:
             return list(candidates)
         judged = [(self.likelihood(settings, *one), one) for one in candidates]
         ranked = [one for nats, one in sorted(judged, key=lambda pair: -pair[0]) if nats > -np.inf]
-        pictures: list[list[int]] = []
-        return [one for one in ranked or candidates[:1] if _new(one[0], pictures)][:count]
+        best: dict[tuple[int, ...], Written] = {}  # by picture
+        for one in ranked or candidates[:1]:
+            best.setdefault(tuple(one[0]), one)
+        return list(best.values())[:count]
 
     def best_drawn(
         self,
@@ -434,14 +436,6 @@ class Reference:
     def tensor(self, array: np.ndarray) -> Tensor:
         """`array` where the modules compute."""
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._device, self._dtype)
-
-
-def _new(picture: list[int], before: list[list[int]]) -> bool:
-    """Whether `picture` is not among those `before`, which it then is."""
-    if picture in before:
-        return False
-    before.append(picture)
-    return True
 
 
 def _array(tensor: Tensor) -> np.ndarray:
