@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -37,6 +39,19 @@ def reference(tiny_checkpoint: Path, token_pipeline: Pipeline) -> Reference:
     made.decode_keyframe = lambda *given: (None, FRAME)
     made.decode_clip = lambda *given: (None, FRAME[None])
     return made
+
+
+@pytest.fixture(scope="module")
+def drawing(tiny_bundle: Path, tiny_checkpoint: Path) -> Iterator[tuple[Pipeline, Reference]]:
+    """Runtime and torch that draw key frames; their clips have one frame, always the same."""
+    checkpoint = load(tiny_checkpoint)
+    frame = np.random.default_rng(0).integers(0, 256, (128, 128, 3), dtype=np.uint8)
+    with Pipeline(tiny_bundle, threads=1) as opened:
+        whole: Any = opened
+        made: Any = Reference(checkpoint, checkpoint.config, TextTokenizer(whole.bundle.file(whole.manifest.tokenizer)))
+        whole._videos = SimpleNamespace(decode=lambda *given: (None, frame[None]))
+        made.decode_clip = lambda *given: (None, frame[None])
+        yield opened, made
 
 
 @given(st.lists(st.integers()), st.none() | st.integers(-2, 9))
@@ -189,19 +204,23 @@ def test_finalists_have_different_pictures(token_pipeline: Pipeline) -> None:
     assert ranked[0] is tries[int(np.argmax(found))]
 
 
-def test_torch_keeps_the_same_of_several_drawn_pictures(tiny_bundle: Path, tiny_checkpoint: Path) -> None:
-    checkpoint = load(tiny_checkpoint)
+def test_torch_keeps_the_same_of_several_drawn_pictures(drawing: tuple[Pipeline, Reference]) -> None:
     request = replace(IMAGE, finalists=3, keyframe_steps=2)
-    first = set()
-    with Pipeline(tiny_bundle, threads=1) as whole:
-        torch_own = Reference(checkpoint, checkpoint.config, TextTokenizer(whole.bundle.file(whole.manifest.tokenizer)))
-        for seed in range(3):
-            ours, theirs = (made.generate_image(request, Noise(seed)) for made in (whole, torch_own))
-            assert ours.ids == theirs.ids
-            np.testing.assert_allclose(ours.latents, theirs.latents, atol=1e-3)
-            alone = whole.generate_image(replace(request, finalists=1), Noise(seed))
-            first.add(alone.ids == ours.ids)
-    assert False in first  # or drawing them would not have mattered
+    runtime = drawing[0]
+    mattered = []
+    for seed in range(3):
+        ours, theirs = (made.generate_image(request, Noise(seed)) for made in drawing)
+        assert ours.ids == theirs.ids
+        np.testing.assert_allclose(ours.latents, theirs.latents, atol=1e-3)
+        mattered.append(ours.ids != runtime.generate_image(replace(request, finalists=1), Noise(seed)).ids)
+    assert any(mattered)
+
+
+def test_torch_keeps_the_same_where_a_clip_goes_on(drawing: tuple[Pipeline, Reference]) -> None:
+    request = replace(VIDEO, clips=2, finalists=2, keyframe_steps=4, inverse_rate=0.5)
+    for ours, theirs in zip(*(made.generate_video(request, Noise(4)) for made in drawing), strict=True):
+        assert (ours.image_ids, ours.motion_ids) == (theirs.image_ids, theirs.motion_ids)
+        np.testing.assert_allclose(ours.keyframe.astype(int), theirs.keyframe.astype(int), atol=1)
 
 
 def test_a_recipe_tells_how_many_there_were(token_pipeline: Pipeline) -> None:
