@@ -199,5 +199,6 @@ def test_stages_of_a_run_have_peaks(pipeline: Pipeline) -> None:
 def test_the_order_of_a_longer_video_repeats() -> None:
     short = REQUESTS["text to video"]
     assert isinstance(short, VideoRequest)
-    two, three = (stages_of(replace(short, clips=clips)) for clips in (2, 3))
+    two, three = (stages_of(replace(short, clips=clips, finalists=2)) for clips in (2, 3))
     assert three[: len(two)] == two and ("keyframe_vae_encoder",) in three[len(two) :]
+    assert [stages.count(("visual_encoder",)) for stages in (two, three)] == [2, 3]  # each key frame is chosen
