@@ -6,7 +6,7 @@ noise in the order the reference makes it (reference semantics, end of §14).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -106,7 +106,7 @@ class KeyframeDetokenizer:
         sources: Sequence[Noise],
         reinjection: Reinjection | None = None,
     ) -> list[tuple[np.ndarray, np.ndarray]]:
-        """As `decode`, each of `codes` with noise of its own; an engine is asked for once for all of them."""
+        """As `decode`, each of `codes` with noise of its own; engine after engine, so that none is loaded twice."""
         schedule = make_schedule(self._manifest.keyframe_scheduler, settings.steps, settings.schedule)
         scaling = np.float32(self._manifest.keyframe_vae_scaling)
         with self._watch.stage("keyframe"):
@@ -120,25 +120,22 @@ class KeyframeDetokenizer:
                 clean = self._engines.get("keyframe_vae_encoder")(image=picture)["latents"] * scaling
                 starts = [schedule.add_noise(clean, self._normal(settings, noise), start) for noise in sources]
             calls = len(schedule.timesteps) - start
-            found = []
-            for index, (condition, latents, noise) in enumerate(zip(conditions, starts, sources, strict=True)):
-                found.append(
-                    diffusion.denoise_keyframe(
-                        self._engines.get("keyframe_unet"),
-                        schedule,
-                        prompt_embeds=condition["prompt_embeds"],
-                        pooled=condition["pooled"],
-                        time_ids=diffusion.keyframe_time_ids(settings.size),
-                        latents=latents,
-                        guidance=settings.guidance,
-                        noise=noise,
-                        interval=settings.guidance_interval,
-                        start=start,
-                        on_step=lambda done, before=index * calls: self._observer(  # type: ignore[misc]
-                            Progress("keyframe", before + done, calls * len(codes))
-                        ),
-                    )
+            found = [
+                diffusion.denoise_keyframe(
+                    self._engines.get("keyframe_unet"),
+                    schedule,
+                    prompt_embeds=condition["prompt_embeds"],
+                    pooled=condition["pooled"],
+                    time_ids=diffusion.keyframe_time_ids(settings.size),
+                    latents=latents,
+                    guidance=settings.guidance,
+                    noise=noise,
+                    interval=settings.guidance_interval,
+                    start=start,
+                    on_step=self._progress(index * calls, calls * len(codes)),
                 )
+                for index, (condition, latents, noise) in enumerate(zip(conditions, starts, sources, strict=True))
+            ]
             pictures = [
                 to_uint8(self._engines.get("keyframe_vae_decoder")(latents=latents / scaling)["image"])[0]
                 for latents in found
@@ -152,6 +149,10 @@ class KeyframeDetokenizer:
             self._engines.get("keyframe_conditioner")(codes=one[None], counts=np.array([len(one)], dtype=np.int64))
             for one in cut
         ]
+
+    def _progress(self, before: int, total: int) -> Callable[[int], None]:
+        """What a loop calls after each of its steps, `before` of `total` having been done when it began."""
+        return lambda done: self._observer(Progress("keyframe", before + done, total))
 
     @staticmethod
     def _normal(settings: KeyframeSettings, noise: Noise) -> np.ndarray:

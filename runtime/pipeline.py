@@ -328,13 +328,13 @@ class Pipeline:
         drawn = self._keyframes.decode_each(codes, KeyframeSettings.of(settings, size), sources, before)
         best = 0
         if len(finalists) > 1:
-            seen = self._pictures_ids([picture for _, picture in drawn], reading)
+            seen = self._drawn_ids([picture for _, picture in drawn], reading)
             read = [(ids[1:], motion) for ids, (_, motion) in zip(seen, finalists, strict=True)]
             best = int(np.argmax(self._writer.likelihoods(prompt, read)))
         return finalists[best], *drawn[best]
 
-    def _pictures_ids(self, pictures: Sequence[np.ndarray], noise: Noise) -> list[list[int]]:
-        """Pictures as they stand in a prompt, without a visual id where nothing of one was kept."""
+    def _drawn_ids(self, pictures: Sequence[np.ndarray], noise: Noise) -> list[list[int]]:
+        """Pictures [H, W, 3] as they stand in a prompt, without a visual id where nothing of one was kept."""
         tokenizer = VisualTokenizer(self._engines, self._geometry, GENERATE)
         with self._watch.stage("visual tokens"):
             parts = batched(pictures, self._defaults.max_clips)
