@@ -155,13 +155,13 @@ class Reference:
 
     def picture_ids(self, picture: np.ndarray, noise: Noise) -> list[int]:
         """Visual ids of `picture` [H, W, 3] uint8, without markers (§6.5)."""
-        (ids,) = self.pictures_ids((picture,), noise)
+        (ids,) = self.kept_ids((picture,), noise)
         if not ids:
             raise MediaError(_EMPTY)
         return ids
 
     @torch.inference_mode()
-    def pictures_ids(self, pictures: Sequence[np.ndarray], noise: Noise) -> list[list[int]]:
+    def kept_ids(self, pictures: Sequence[np.ndarray], noise: Noise) -> list[list[int]]:
         """Visual ids of each of `pictures`, without markers; none of one that keeps no patch."""
         features, keep = self.look(pictures, noise)
         tokenizer = self.module("visual_tokenizer")
@@ -219,21 +219,30 @@ class Reference:
         """The candidate that is kept, its latents [4, h, w] and picture [H, W, 3] (`ImageRequest.finalists`)."""
         finalists = self.likeliest(candidates, settings.finalists, settings)
         sources = [noise] if len(finalists) == 1 else noise.spawn(len(finalists) + 1)
-        drawn = []
-        for (ids, _), source in zip(finalists, sources, strict=False):  # the last source is for reading them again
-            if last_frame is None:
-                drawn.append(self.decode_keyframe(ids, size, settings, source))
-                continue
-            level = int(settings.inverse_rate * settings.keyframe_steps)
-            start = self.noise_last_frame(last_frame, level, settings, source)
-            drawn.append(self.decode_keyframe(ids, size, settings, source, start, level))
+        # Of several sources the last is for reading the pictures again.
+        pairs = zip(finalists, sources, strict=False)
+        drawn = [self.draw(ids, size, settings, source, last_frame) for (ids, _), source in pairs]
         if len(finalists) == 1:
             return finalists[0], *drawn[0]
-        end, judged = self.config.vocabulary.image_end, []
-        for ids, (_, motion) in zip(self.pictures_ids([p for _, p in drawn], sources[-1]), finalists, strict=True):
-            judged.append(self.likelihood(settings, [*ids, end], motion))
-        best = int(np.argmax(judged))
+        end = self.config.vocabulary.image_end
+        read = zip(self.kept_ids([picture for _, picture in drawn], sources[-1]), finalists, strict=True)
+        best = int(np.argmax([self.likelihood(settings, [*ids, end], motion) for ids, (_, motion) in read]))
         return finalists[best], *drawn[best]
+
+    def draw(
+        self,
+        image_ids: list[int],
+        size: tuple[int, int],
+        settings: Resolved,
+        noise: Noise,
+        last_frame: np.ndarray | None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Latents [4, h, w] and picture [H, W, 3]; of a later clip from the `last_frame` before it (§12.4)."""
+        if last_frame is None:
+            return self.decode_keyframe(image_ids, size, settings, noise)
+        level = int(settings.inverse_rate * settings.keyframe_steps)
+        start = self.noise_last_frame(last_frame, level, settings, noise)
+        return self.decode_keyframe(image_ids, size, settings, noise, start, level)
 
     def after(self, prompt: list[int], image_ids: list[int], motion_ids: list[int] | None = None) -> list[int]:
         """Ids of `prompt` and a picture or a clip, with the latter's markers."""
