@@ -17,11 +17,13 @@ from runtime.engines import EngineSet
 from runtime.errors import UsageError
 from runtime.geometry import CONTEXT_GRID, VAE_FACTOR
 from runtime.images import resize_image, to_signed, to_uint8
+from runtime.motion.compensation import compensated
 from runtime.noise import Noise
 from runtime.progress import Observer, Progress, Stopwatch
-from runtime.requests import Resolved, VideoRequest, keyframe_schedule, video_schedule
+from runtime.requests import ReconstructionRequest, Resolved, VideoRequest, keyframe_schedule, video_schedule
 from runtime.resize import bicubic
 from runtime.schedulers import AS_IT_IS, ScheduleOptions, make_schedule
+from runtime.settings import VideoStart
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +58,12 @@ class Reinjection:
 
 @dataclass(frozen=True, kw_only=True)
 class VideoSettings:
-    """As of a key frame, but with guidance of first and last frame, and SVD's micro-conditions."""
+    """As of a key frame, but with guidance of first and last frame, and SVD's micro-conditions.
+
+    Attributes:
+        start: see `TaskDefaults.video_start`.
+        tokenized: whether the motion was tokens.
+    """
 
     size: tuple[int, int]
     steps: int
@@ -67,6 +74,8 @@ class VideoSettings:
     decode_chunk: int
     guidance_interval: tuple[float, float] | None = None
     schedule: ScheduleOptions = AS_IT_IS
+    start: VideoStart = "noise"
+    tokenized: bool = False
 
     @classmethod
     def of(cls, settings: Resolved, manifest: Manifest) -> VideoSettings:
@@ -81,6 +90,8 @@ class VideoSettings:
             decode_chunk=manifest.defaults.decode_chunk,
             guidance_interval=settings.video_guidance_interval,
             schedule=video_schedule(settings),
+            start=settings.video_start,
+            tokenized=not isinstance(settings, ReconstructionRequest) or settings.through_tokens,
         )
 
 
@@ -185,10 +196,12 @@ class VideoDetokenizer:
             schedule = make_schedule(self._manifest.video_scheduler, settings.steps, settings.schedule)
             context = bicubic(motion[None], (CONTEXT_GRID, CONTEXT_GRID))
             states = self._engines.get("motion_conditioner")(motion=context)["states"]  # [1, T, 256, C]
-            image = to_signed(resize_image(keyframe, settings.size))[None]  # [1, 3, H, W]
+            shown = resize_image(keyframe, settings.size)
+            image = to_signed(shown)[None]  # [1, 3, H, W]
             image = image + np.float32(settings.noise_augmentation) * noise.normal(*image.shape)
             image_latents = self._engines.get("video_vae_encoder")(image=image)["latents"]  # [1, 4, h, w]
             initial = noise.normal(1, frames, *image_latents.shape[1:])
+            start = self._moved(shown, motion, settings.tokenized) if settings.start == "motion" else None
             latents = diffusion.denoise_video(
                 self._engines.get("video_unet"),
                 schedule,
@@ -200,6 +213,7 @@ class VideoDetokenizer:
                 motion_bucket=settings.motion_bucket,
                 noise_augmentation=settings.noise_augmentation,
                 initial=initial,
+                start=start,
                 interval=settings.guidance_interval,
                 on_step=lambda done: self._observer(Progress("video", done, len(schedule.timesteps))),
             )
@@ -208,6 +222,13 @@ class VideoDetokenizer:
                 self._engines.get("video_vae_decoder"), latents, self._manifest.video_vae_scaling, settings.decode_chunk
             )
         return latents[0], to_uint8(pixels)[0]
+
+    def _moved(self, picture: np.ndarray, motion: np.ndarray, tokenized: bool) -> np.ndarray:
+        """Scaled latents [1, T, 4, h, w] of the key frame [H, W, 3] moved along its motion [2, T, h, w]."""
+        encoder = self._engines.get("video_vae_encoder")
+        frames = compensated(picture, motion, tokenized=tokenized)
+        latents = [encoder(image=to_signed(frame)[None])["latents"] for frame in frames]
+        return np.stack(latents, axis=1) * np.float32(self._manifest.video_vae_scaling)
 
 
 def check_schedules(manifest: Manifest, settings: Resolved) -> None:

@@ -90,6 +90,7 @@ def denoise_video(
     motion_bucket: int,
     noise_augmentation: float,
     initial: np.ndarray,
+    start: np.ndarray | None = None,
     interval: Interval | None = None,
     on_step: OnStep | None = None,
 ) -> np.ndarray:
@@ -102,6 +103,8 @@ def denoise_video(
         guidance: of the first and the last frame; linear between them.
         fps, motion_bucket, noise_augmentation: SVD's micro-conditions, given to the network as they are.
         initial: [B, T, 4, h, w] standard normal.
+        start: [B, T, 4, h, w] clean latents that the loop starts from, under noise of the first call's level; None:
+            from noise alone.
         interval: noise levels that are guided; None for all.
         on_step: told the number of calls made.
     """
@@ -122,7 +125,7 @@ def denoise_video(
 
     guides = guided_calls(schedule, scale, interval)
     past: Past = []
-    latents = initial * schedule.init_noise_sigma
+    latents = initial * schedule.init_noise_sigma if start is None else schedule.add_noise(start, initial, 0)
     for i in range(len(schedule.timesteps)):
         conditions.hold(both=guides[i])
         scaled = schedule.scale_input(latents, i)

@@ -61,7 +61,7 @@ def encode(recipe: dict[str, Any]) -> str:
 # Settings that are options of the task's command, under the same name.
 _SAMPLING = ("temperature", "top_k", "top_p", "greedy")
 _KEYFRAME = ("keyframe_steps", "keyframe_sampler", "keyframe_spacing", "image_guidance", "image_guidance_interval")
-_VIDEO = ("video_steps", "video_sampler", "video_spacing", "video_sigmas", "video_guidance_interval")
+_VIDEO = ("video_steps", "video_sampler", "video_spacing", "video_sigmas", "video_guidance_interval", "video_start")
 _OPTIONS = {
     "generate": (
         *("clips", "size", "keyframe_size", "candidates", "finalists", "text_guidance", "motion_guidance"),

@@ -16,8 +16,9 @@ import numpy as np
 
 from runtime.errors import UsageError
 from runtime.geometry import Geometry
+from runtime.schedule_names import VIDEO_STARTS
 from runtime.schedulers import ScheduleOptions
-from runtime.settings import TaskDefaults
+from runtime.settings import TaskDefaults, VideoStart
 
 Resolved = Any  # a request with every field set, which the type of its optional fields cannot say
 
@@ -91,6 +92,7 @@ class VideoRequest:
     video_spacing: str | None = None
     video_sigmas: tuple[float, float] | None = None
     video_guidance_interval: tuple[float, float] | None = None
+    video_start: VideoStart | None = None
     sampled_motion: bool | None = None
     greedy: bool = False
 
@@ -116,6 +118,7 @@ class ReconstructionRequest:
     video_spacing: str | None = None
     video_sigmas: tuple[float, float] | None = None
     video_guidance_interval: tuple[float, float] | None = None
+    video_start: VideoStart | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,6 +248,8 @@ def _check(request: Request, geometry: Geometry) -> None:
             )
     if (sigmas := getattr(request, "video_sigmas", None)) is not None and sigmas[0] == 0:
         raise UsageError(f"--video-sigmas 0-{sigmas[1]:g}: the lower level must be above 0, which steps end in anyway")
+    if (start := getattr(request, "video_start", None)) is not None and start not in VIDEO_STARTS:
+        raise UsageError(f"--video-start {start}: choose from {', '.join(VIDEO_STARTS)}")
     prompt = getattr(request, "prompt", None)
     if prompt is not None and not prompt.strip():
         raise UsageError('PROMPT is empty: say what to generate, for example "a red circle moving right"')

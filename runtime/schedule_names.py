@@ -10,3 +10,4 @@ SAMPLERS = ("euler", "heun", "dpmpp-2m", "euler-ancestral", "ddim")
 OF_TIMESTEPS = ("euler-ancestral", "ddim")  # as the reference has them, these know training timesteps alone
 TIMESTEP_SPACINGS = ("leading", "trailing", "linspace")
 LEVEL_SPACINGS = ("karras", "exponential", "ays")
+VIDEO_STARTS = ("noise", "motion")  # what a clip is denoised from, see runtime.settings.TaskDefaults

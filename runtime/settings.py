@@ -56,6 +56,9 @@ class LanguageModelShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True
     max_positions: int = 4096
 
 
+VideoStart = Literal["noise", "motion"]
+
+
 class TaskDefaults(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Default settings of the tasks (reference semantics §12, §13.3).
 
@@ -72,6 +75,9 @@ class TaskDefaults(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
             see `runtime.schedulers.ScheduleOptions`; None leaves the model's own schedule.
         image_guidance_interval, video_guidance_interval: noise levels between which the denoising loops are guided;
             None for all of them.
+        video_start: what a clip is denoised from: `noise` alone (§9.4), or the key frame moved along its `motion`
+            vectors, under noise of the highest level. From a low level that takes fewer steps, and what is shown stays
+            what it was.
     """
 
     image_guidance: float = 7.0
@@ -102,3 +108,4 @@ class TaskDefaults(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     video_spacing: str | None = None
     video_sigmas: tuple[float, float] | None = None
     video_guidance_interval: tuple[float, float] | None = None
+    video_start: VideoStart = "noise"

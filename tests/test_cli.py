@@ -26,7 +26,7 @@ STEPS = ["--keyframe-steps", "2", "--video-steps", "2"]
 QUICK = [*STEPS, "--size", "64x64"]
 TOLD = [*QUICK, "--candidates", "4"]  # where a prompt can choose among them; the default's many take longer
 SCHEDULE = ["--keyframe-sampler", "heun", "--keyframe-spacing", "ays", "--image-guidance-interval", "0.3-5"]
-SCHEDULE += ["--video-spacing", "exponential", "--video-sigmas", "0.02-80.5"]
+SCHEDULE += ["--video-spacing", "exponential", "--video-sigmas", "0.02-80.5", "--video-start", "motion"]
 
 
 class Run:
@@ -311,6 +311,7 @@ MISTAKES = [
     (["generate", "x", "--video-sigmas", "0-1"], 2, "above 0"),
     (["generate", "x", "--image-guidance-interval", "5-5"], 2, "--image-guidance-interval"),
     (["generate", "x", "--video-sampler", "ddim"], 2, "--video-sampler"),
+    (["generate", "x", "--video-start", "picture"], 2, "'noise', 'motion'"),
     (["generate", "x", "--keyframe-sampler", "ddim", "--keyframe-spacing", "ays"], 2, "key frame: spacing ays"),
     (["generate", "x", "--temperature", "0"], 2, "--temperature"),
     (["generate", "x", "--temperature", "nan"], 2, "--temperature"),

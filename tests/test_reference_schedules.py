@@ -32,6 +32,8 @@ VIDEOS: tuple[dict[str, Any], ...] = (
     {"video_spacing": "ays"},
     {"video_sampler": "dpmpp-2m", "video_spacing": "exponential", "video_sigmas": (0.02, 80.0)},
     {"video_sampler": "dpmpp-2m", "video_spacing": "ays"},
+    {"video_sampler": "dpmpp-2m", "video_start": "motion", "video_sigmas": (0.02, 5.0)},
+    {"video_start": "motion", "through_tokens": True},
 )
 
 

@@ -14,7 +14,7 @@ import click
 
 from runtime.amounts import parse_bytes
 from runtime.errors import UsageError
-from runtime.schedule_names import LEVEL_SPACINGS, OF_TIMESTEPS, SAMPLERS, TIMESTEP_SPACINGS
+from runtime.schedule_names import LEVEL_SPACINGS, OF_TIMESTEPS, SAMPLERS, TIMESTEP_SPACINGS, VIDEO_STARTS
 
 if TYPE_CHECKING:
     from runtime.commands.report import Report
@@ -84,8 +84,14 @@ def keyframe_schedule_options(function: F) -> F:
 
 
 def video_schedule_options(function: F) -> F:
-    """--video-sampler, --video-spacing, --video-sigmas, --video-guidance-interval: how a clip is denoised."""
+    """--video-start, -sampler, -spacing, -sigmas and -guidance-interval: how a clip is denoised."""
     for option in (
+        click.option(
+            "--video-start",
+            type=click.Choice(VIDEO_STARTS),
+            help="What a clip is denoised from: noise alone, or the key frame moved along the motion vectors, under "
+            "noise of the highest of --video-sigmas. [default: the model's]",
+        ),
         click.option(
             "--video-guidance-interval",
             type=Levels(),

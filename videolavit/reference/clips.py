@@ -34,6 +34,7 @@ def denoise(
     noise: Noise,
     options: ScheduleOptions = AS_IT_IS,
     interval: tuple[float, float] | None = None,
+    start: Tensor | None = None,
 ) -> Iterator[Tensor]:
     """Latents [B, T, 4, h, w] after every call.
 
@@ -45,11 +46,16 @@ def denoise(
         guidance: scale at the first and at the last frame.
         options: what to change of the schedule of `settings`.
         interval: noise levels that are guided; outside them the conditional prediction is taken as it is.
+        start: [B, T, 4, h, w] scaled latents that are denoised, under noise of the highest level; None: noise alone.
     """
     videos, frames = len(image_latents), motion.shape[2]
     scheduler = build_scheduler(settings, steps, image_latents.device, options)
     shape = (videos, frames, LATENT_CHANNELS, *image_latents.shape[2:])
-    latents = normal(noise, shape, image_latents) * scheduler.init_noise_sigma
+    drawn = normal(noise, shape, image_latents)
+    if start is None:
+        latents = drawn * scheduler.init_noise_sigma
+    else:
+        latents = scheduler.add_noise(start, drawn, scheduler.timesteps[:1])
     pictures = image_latents[:, None].expand(shape)
     vectors = motion.permute(0, 2, 1, 3, 4)  # [B, T, 2, h, w]
     context = torch.cat([torch.zeros_like(states), states])

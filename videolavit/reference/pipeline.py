@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from runtime.errors import MediaError
 from runtime.geometry import VAE_FACTOR
 from runtime.images import resize_image, to_signed, to_uint8, tokenizer_pixels
+from runtime.motion.compensation import compensated
 from runtime.motion.grid import model_motion
 from runtime.noise import Noise
 from runtime.prompts import STOP, answer_text, question_ids
@@ -410,10 +411,19 @@ class Reference:
             noise=noise,
             options=video_schedule(settings),
             interval=settings.video_guidance_interval,
+            start=self._moved(keyframe, motion, settings) if settings.video_start == "motion" else None,
         ):
             last = latents
         frames = clips.decode(vae, last, self.config.defaults.decode_chunk)
         return _array(last[0]), to_uint8(_array(frames[0]))
+
+    def _moved(self, keyframe: np.ndarray, motion: Tensor, settings: Resolved) -> Tensor:
+        """Scaled latents [1, T, 4, h, w] of a key frame moved along its motion [1, 2, T, h, w]."""
+        tokenized = not isinstance(settings, ReconstructionRequest) or settings.through_tokens
+        moved = compensated(keyframe, _array(motion[0]), tokenized=tokenized)
+        pixels = self.tensor(np.stack([to_signed(frame) for frame in moved]))  # [T, 3, H, W]
+        vae = self.module("video_vae")
+        return clips.encode(vae, pixels)[None] * vae.config.scaling_factor
 
     # Help
 
