@@ -13,7 +13,6 @@ from runtime.motion.grid import deviation
 
 NEAR = 0.12  # share of the frame's side within which decoded vectors belong together; of few cells all that touch
 MOVES = 0.003  # share of the side a frame; shorter vectors stand still
-STRONG = 0.5  # share of the longest vector nearby that one must have to count
 
 
 def compensated(keyframe: np.ndarray, motion: np.ndarray, *, tokenized: bool) -> np.ndarray:
@@ -24,7 +23,7 @@ def compensated(keyframe: np.ndarray, motion: np.ndarray, *, tokenized: bool) ->
         motion: [2, T, h, w] in the detokenizer's scale, H and W multiples of h and w; that of the first frame is not
             looked at.
         tokenized: whether the vectors were tokens. Those of small things then fade towards their edges, which would
-            smear them, so that every cell moves as the strong ones near it do.
+            smear them, so that every cell moves as the long ones near it do.
     """
     height, width = keyframe.shape[:2]
     shares = motion * deviation(rescale=False).astype(np.float32)[:, None, None, None]
@@ -44,29 +43,30 @@ def compensated(keyframe: np.ndarray, motion: np.ndarray, *, tokenized: bool) ->
 
 
 def gathered(shares: np.ndarray) -> np.ndarray:
-    """Vectors [2, T, h, w], shares of the side, each the mean of the strong ones near it; zero with less than two."""
+    """Vectors [2, T, h, w], shares of the side: of each place the mean of those near it, the long ones counting most.
+
+    They count by the cube of their length, so that a cell moves as what moves near it does. A vector with none
+    beside it that moves is left out.
+    """
     height, width = shares.shape[2:]
     rows, columns = int(max(1, NEAR * height)), int(max(1, NEAR * width))
     places = [
         (row, column)
-        for row in range(-rows, rows + 1)
-        for column in range(-columns, columns + 1)
-        if np.hypot(row / max(1.5, NEAR * height), column / max(1.5, NEAR * width)) <= 1
+        for row in range(2 * rows + 1)
+        for column in range(2 * columns + 1)
+        if np.hypot((row - rows) / max(1.5, NEAR * height), (column - columns) / max(1.5, NEAR * width)) <= 1
     ]
     around = np.pad(shares, ((0, 0), (0, 0), (rows, rows), (columns, columns)))
     lengths = np.hypot(*around)  # [T, h + 2 rows, w + 2 columns]
-
-    def moved(values: np.ndarray, row: int, column: int) -> np.ndarray:
-        return values[..., rows + row : rows + row + height, columns + column : columns + column + width]
-
-    longest = np.max([moved(lengths, *place) for place in places], axis=0)  # [T, h, w]
-    least = np.maximum(MOVES, STRONG * longest)
-    total, count = np.zeros_like(shares), np.zeros_like(longest)
-    for place in places:
-        strong = moved(lengths, *place) >= least
-        total += moved(around, *place) * strong
-        count += strong
-    return np.where(count >= 2, total / np.maximum(count, 1), 0)
+    moves = lengths >= MOVES
+    weights = np.where(moves, lengths, 0) ** 3
+    total, weight, count = np.zeros_like(shares), np.zeros_like(lengths[:, :height, :width]), 0
+    for row, column in places:
+        here = np.s_[..., row : row + height, column : column + width]
+        total += around[here] * weights[here]
+        weight += weights[here]
+        count += moves[here].astype(int)
+    return np.divide(total, weight, out=np.zeros_like(total), where=np.broadcast_to(count >= 2, total.shape))
 
 
 def _sampled(values: np.ndarray, places: np.ndarray) -> np.ndarray:
