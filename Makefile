@@ -31,7 +31,7 @@ lint: $(VENV)/.dev
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy
 
-# The shipped model, trained from nothing in build/shapes: about nineteen hours of one core. Ended early, it goes on where
+# The shipped model, trained from nothing in build/shapes: about twenty hours of one core. Ended early, it goes on where
 # it stopped. Each stage needs what the ones before it made (docs/training.md).
 RECIPES := videolavit/training/recipes/shapes
 TRAIN = $(RUN)/videolavit train $(1) --config $(RECIPES)/$(1)$(2).toml --checkpoint build/$(or $(3),shapes) \
@@ -106,6 +106,8 @@ shapes-model: $(VENV)/.dev
 	$(call TOKENIZE,videos-fourth) --count 500 --seed 21 --fields $(CLIP_FIELDS),rebuilt_keyframe
 	$(call TOKENIZE,scenery-third,scenery) --count 350 --seed 22 --fields $(CLIP_FIELDS)
 	$(call TRAIN,video-detokenizer,-rebuilt,shapes-deep)
+	$(call TOKENIZE,videos-rebuilt-more) --count 640 --seed 24 --shapes 2 --fields $(CLIP_FIELDS),rebuilt_keyframe
+	$(call TRAIN,video-detokenizer,-rebuilt-more,shapes-deep)
 	rm -rf checkpoints/shapes && cp -r build/shapes-deep checkpoints/shapes
 	$(MAKE) bundle quality
 
