@@ -60,6 +60,7 @@ STAGES = {
     "instruct-told-more": "answers",
     "video-detokenizer-whole-fourth": "psnr",
     "video-detokenizer-rebuilt": "psnr",
+    "video-detokenizer-rebuilt-more": "psnr",
 }
 POINTS = 12  # of a curve
 ROWS = 8  # of a table
