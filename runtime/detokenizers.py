@@ -20,7 +20,7 @@ from runtime.images import resize_image, to_signed, to_uint8
 from runtime.motion.compensation import compensated
 from runtime.noise import Noise
 from runtime.progress import Observer, Progress, Stopwatch
-from runtime.requests import ReconstructionRequest, Resolved, VideoRequest, keyframe_schedule, video_schedule
+from runtime.requests import Resolved, VideoRequest, from_tokens, keyframe_schedule, video_schedule
 from runtime.resize import bicubic
 from runtime.schedulers import AS_IT_IS, ScheduleOptions, make_schedule
 from runtime.settings import VideoStart
@@ -91,7 +91,7 @@ class VideoSettings:
             guidance_interval=settings.video_guidance_interval,
             schedule=video_schedule(settings),
             start=settings.video_start,
-            tokenized=not isinstance(settings, ReconstructionRequest) or settings.through_tokens,
+            tokenized=from_tokens(settings),
         )
 
 

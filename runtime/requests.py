@@ -212,6 +212,11 @@ def video_schedule(settings: Resolved) -> ScheduleOptions:
     return ScheduleOptions(sampler=settings.video_sampler, spacing=settings.video_spacing, sigmas=settings.video_sigmas)
 
 
+def from_tokens(settings: Resolved) -> bool:
+    """Whether the motion of a resolved request for a clip was tokens, as it always is where the model writes it."""
+    return not isinstance(settings, ReconstructionRequest) or settings.through_tokens
+
+
 _LIMITS: dict[str, tuple[float, float]] = {
     "clips": (1, 100),
     "keyframe_steps": (1, 1000),

@@ -31,6 +31,7 @@ from runtime.requests import (
     Request,
     Resolved,
     VideoRequest,
+    from_tokens,
     keyframe_schedule,
     resolve,
     video_schedule,
@@ -419,8 +420,7 @@ class Reference:
 
     def _moved(self, keyframe: np.ndarray, motion: Tensor, settings: Resolved) -> Tensor:
         """Scaled latents [1, T, 4, h, w] of a key frame moved along its motion [1, 2, T, h, w]."""
-        tokenized = not isinstance(settings, ReconstructionRequest) or settings.through_tokens
-        moved = compensated(keyframe, _array(motion[0]), tokenized=tokenized)
+        moved = compensated(keyframe, _array(motion[0]), tokenized=from_tokens(settings))
         pixels = self.tensor(np.stack([to_signed(frame) for frame in moved]))  # [T, 3, H, W]
         vae = self.module("video_vae")
         return clips.encode(vae, pixels)[None] * vae.config.scaling_factor
