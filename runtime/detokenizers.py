@@ -22,8 +22,8 @@ from runtime.noise import Noise
 from runtime.progress import Observer, Progress, Stopwatch
 from runtime.requests import Resolved, VideoRequest, from_tokens, keyframe_schedule, video_schedule
 from runtime.resize import bicubic
+from runtime.schedule_names import VideoStart
 from runtime.schedulers import AS_IT_IS, ScheduleOptions, make_schedule
-from runtime.settings import VideoStart
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,9 +16,9 @@ import numpy as np
 
 from runtime.errors import UsageError
 from runtime.geometry import Geometry
-from runtime.schedule_names import VIDEO_STARTS
+from runtime.schedule_names import VIDEO_STARTS, VideoStart
 from runtime.schedulers import ScheduleOptions
-from runtime.settings import TaskDefaults, VideoStart
+from runtime.settings import TaskDefaults
 
 Resolved = Any  # a request with every field set, which the type of its optional fields cannot say
 

@@ -10,6 +10,8 @@ from typing import Literal
 
 import msgspec
 
+from runtime.schedule_names import VideoStart
+
 
 class SchedulerSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Noise schedule and sampler of one denoising loop (reference semantics §8.2, §9.3).
@@ -54,9 +56,6 @@ class LanguageModelShape(msgspec.Struct, frozen=True, forbid_unknown_fields=True
     kv_heads: int = 32
     head_dim: int = 128
     max_positions: int = 4096
-
-
-VideoStart = Literal["noise", "motion"]
 
 
 class TaskDefaults(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
