@@ -11,7 +11,8 @@ import numpy as np
 
 from runtime.motion.grid import deviation
 
-NEAR = 0.12  # share of the frame's side within which decoded vectors belong together; of few cells all that touch
+NEAR = 0.12  # share of the frame's side within which decoded vectors belong together
+TOUCHING = 1.5  # cells; of coarse grids at least the cells that touch
 MOVES = 0.003  # share of the side a frame; shorter vectors stand still
 
 
@@ -49,23 +50,25 @@ def gathered(shares: np.ndarray) -> np.ndarray:
     beside it that moves is left out.
     """
     height, width = shares.shape[2:]
-    rows, columns = int(max(1, NEAR * height)), int(max(1, NEAR * width))
+    reach = np.maximum(NEAR * np.array([height, width]), TOUCHING)  # cells up and down, and to both sides
+    rows, columns = reach.astype(int)
     places = [
         (row, column)
         for row in range(2 * rows + 1)
         for column in range(2 * columns + 1)
-        if np.hypot((row - rows) / max(1.5, NEAR * height), (column - columns) / max(1.5, NEAR * width)) <= 1
+        if np.hypot(*((row - rows, column - columns) / reach)) <= 1
     ]
     around = np.pad(shares, ((0, 0), (0, 0), (rows, rows), (columns, columns)))
     lengths = np.hypot(*around)  # [T, h + 2 rows, w + 2 columns]
     moves = lengths >= MOVES
     weights = np.where(moves, lengths, 0) ** 3
-    total, weight, count = np.zeros_like(shares), np.zeros_like(lengths[:, :height, :width]), 0
+    total, weight = np.zeros_like(shares), np.zeros_like(shares[0])
+    count = np.zeros(shares.shape[1:], int)
     for row, column in places:
         here = np.s_[..., row : row + height, column : column + width]
         total += around[here] * weights[here]
         weight += weights[here]
-        count += moves[here].astype(int)
+        count += moves[here]
     return np.divide(total, weight, out=np.zeros_like(total), where=np.broadcast_to(count >= 2, total.shape))
 
 
