@@ -12,6 +12,7 @@ from golden import assert_close
 
 from runtime.bundle import Bundle
 from runtime.detokenizers import KeyframeSettings, Reinjection
+from runtime.errors import UsageError
 from runtime.noise import Noise
 from runtime.pipeline import Pipeline
 from runtime.requests import ImageRequest, ReconstructionRequest, VideoRequest, resolve
@@ -87,3 +88,9 @@ def test_clips(pipeline: Pipeline, reference: Reference, options: dict[str, Any]
     )
     ours, theirs = pipeline.reconstruct(request, Noise(2)), reference.reconstruct(request, Noise(2))
     assert_close(ours.latents, theirs.latents, 1e-3 * float(np.abs(theirs.latents).max()))
+
+
+def test_an_unknown_start_is_refused(pipeline: Pipeline) -> None:
+    request = VideoRequest(prompt="a red circle", video_start="picture")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="--video-start picture: choose from noise, motion"):
+        resolve(request, pipeline.manifest.geometry, pipeline.manifest.defaults)
