@@ -229,8 +229,8 @@ def _shapes() -> ModelConfig:
         keyframe_scheduler=SchedulerSettings(kind="ddim", prediction="v_prediction", spacing="trailing", beta_end=0.02),
         # Guidance, sampling and candidates by trial on held-out captions that `evaluate` does not ask: two shapes went
         # their ways oftener at temperature 0.8 than at 0.4, whose candidates are too much alike, and no oftener at 1.2.
-        # A clip is denoised from its moved key frame. Noise of level 2 leaves what that shows; under noise of level 12, real
-        # videos came out worse with their motion than without.
+        # A clip is denoised from its moved key frame. Noise of level 2 leaves what that shows; under noise of level 12
+        # real videos came out worse with their motion than without.
         defaults=TaskDefaults(
             image_guidance=2.0,
             text_guidance=1.5,
