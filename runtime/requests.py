@@ -59,8 +59,10 @@ class VideoRequest:
     """Text, a picture, or both -> `clips` clips (§12.2, §12.3, §12.4).
 
     `sampled_motion` None follows the reference: greedy from text alone, sampled when a picture is given; and sampled
-    where there are several candidates, which it tells apart.
+    where there are several candidates or more motions, which it tells apart.
     `greedy` takes the arg-max everywhere. `candidates`: as for pictures, tries of each clip's key frame and motion.
+    `more_motions`: so many more motions are written after each of the likeliest pictures of the candidates
+    (`runtime.token_writer`); a good picture may have had the wrong motion. Like candidates they need a prompt.
     `finalists`: as for pictures; a key frame that is given is not drawn.
     """
 
@@ -81,6 +83,7 @@ class VideoRequest:
     max_image_tokens: int | None = None
     min_image_tokens: int | None = None
     candidates: int | None = None
+    more_motions: int | None = None
     finalists: int | None = None
     inverse_rate: float | None = None
     noise_augmentation: float | None = None
@@ -194,10 +197,13 @@ def resolve(request: Request, geometry: Geometry, defaults: TaskDefaults) -> Res
         elif hasattr(defaults, field.name):
             values[field.name] = getattr(defaults, field.name)
     resolved: Resolved = replace(request, **values)  # type: ignore[arg-type]
+    if "more_motions" in values and resolved.candidates == 1:
+        resolved = replace(resolved, more_motions=0)
     if "finalists" in values:
         resolved = replace(resolved, finalists=min(resolved.finalists, resolved.candidates))
     if isinstance(request, VideoRequest) and request.sampled_motion is None:
-        resolved = replace(resolved, sampled_motion=resolved.image is not None or resolved.candidates > 1)
+        several = resolved.candidates > 1 or resolved.more_motions > 0
+        resolved = replace(resolved, sampled_motion=resolved.image is not None or several)
     _check(resolved, geometry)
     return resolved
 
@@ -229,6 +235,7 @@ _LIMITS: dict[str, tuple[float, float]] = {
     "top_p": (0.0001, 1),
     "max_image_tokens": (1, 4096),
     "candidates": (1, 1000),
+    "more_motions": (0, 1000),
     "finalists": (1, 100),
     "max_answer_tokens": (1, 4096),
     "inverse_rate": (0, 0.99),
@@ -258,13 +265,17 @@ def _check(request: Request, geometry: Geometry) -> None:
     prompt = getattr(request, "prompt", None)
     if prompt is not None and not prompt.strip():
         raise UsageError('PROMPT is empty: say what to generate, for example "a red circle moving right"')
-    if (candidates := getattr(request, "candidates", None)) is not None and candidates > 1:
+    candidates = getattr(request, "candidates", None)
+    for flag, tries, one in (
+        ("--candidates", candidates, 1),
+        ("--more-motions", getattr(request, "more_motions", None), 0),
+    ):
+        if tries is None or tries == one:
+            continue
         if prompt is None:
-            raise UsageError(
-                f"--candidates {candidates}: the prompt tells which is best; give a PROMPT, or leave --candidates out"
-            )
+            raise UsageError(f"{flag} {tries}: the prompt tells which is best; give a PROMPT, or leave {flag} out")
         if request.greedy:  # type: ignore[union-attr]
-            raise UsageError(f"--candidates {candidates}: with --greedy all are the same; leave one of the two out")
+            raise UsageError(f"{flag} {tries}: with --greedy all are the same; leave one of the two out")
     if candidates is not None and (finalists := request.finalists) > candidates:  # type: ignore[union-attr]
         raise UsageError(
             f"--finalists {finalists}: more than there are candidates ({candidates}); ask for at most as many, or for "

@@ -2,7 +2,8 @@
 
 Contract: what is written is written after ids, or after embeddings where pictures stand among them as features. The
 language model goes on from what it read last (`runtime.context`). Where a request has several candidates they are
-written in one batch, each with noise of its own, and the one is kept that the prompt is likeliest to be said of.
+written in one batch, each with noise of its own, and the one is kept that the prompt is likeliest to be said of. A clip
+may have a second round, in which motion alone is written anew after the likeliest pictures of the first one.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from runtime.progress import Observer, Progress, Stopwatch
 from runtime.requests import Resolved
 
 GENERATE = "generate"
+SECOND_ROUND = 4  # pictures that more motions are written after
 Written = tuple[list[int], Any]  # image ids up to image_end, and motion codes [K] or None
 
 
@@ -97,6 +99,24 @@ class TokenWriter:
             images = [image_ids] * settings.candidates
         sequences = [self.with_image(sequence, ids) for ids in images]
         return list(zip(images, self.motions(sequences, settings, noise, reserve), strict=True))
+
+    def second_round(
+        self,
+        prompt: Sequence[int],
+        sequence: list[int],
+        candidates: Sequence[Written],
+        settings: Resolved,
+        noise: Noise,
+        reserve: int,
+    ) -> list[Written]:
+        """The likeliest of `candidates` for a clip after `sequence`, and more with their pictures and other motion.
+
+        Which motion is right depends on what stands where, so good ones are rarer than good pictures.
+        """
+        best = self.likeliest(prompt, candidates, SECOND_ROUND)
+        images = [ids for ids, _ in best for _ in range(settings.more_motions)]
+        sequences = [self.with_image(sequence, ids) for ids in images]
+        return [*best, *zip(images, self.motions(sequences, settings, noise, reserve), strict=True)]
 
     def with_image(self, sequence: list[int], image_ids: list[int]) -> list[int]:
         """Ids of a picture after `sequence`, its start marker in between."""

@@ -21,6 +21,7 @@ from runtime.pipeline import Pipeline
 from runtime.recipe import command_line, make_recipe
 from runtime.requests import ImageRequest, VideoRequest, resolve
 from runtime.settings import TaskDefaults
+from runtime.token_writer import SECOND_ROUND
 from runtime.tokenizers import TextTokenizer
 from videolavit.checkpoints import load
 from videolavit.reference.pipeline import Reference
@@ -111,6 +112,69 @@ def test_the_clip_that_is_kept_is_the_likeliest_of_those_written(
     (kept,) = token_pipeline.generate_video(VIDEO, Noise(5))
     assert kept.image_ids == tuple(image_ids)
     assert token_pipeline.manifest.vocabulary.motion_codes_of(kept.motion_ids, len(codes)).tolist() == codes.tolist()
+
+
+def test_a_second_round_keeps_the_best_pictures_and_gives_them_new_motion(token_pipeline: Pipeline) -> None:
+    writer, prompt = token_pipeline._writer, token_pipeline._prompt_ids(PROMPT)
+    settings = resolve(
+        replace(VIDEO, candidates=6, more_motions=3), token_pipeline.manifest.geometry, token_pipeline.manifest.defaults
+    )
+    noise = Noise(5)
+    first = writer.clips(prompt, None, settings, noise, 0)
+    both = writer.second_round(prompt, prompt, first, settings, noise, 0)
+    best, new = both[:SECOND_ROUND], both[SECOND_ROUND:]
+    likelihoods = writer.likelihoods(prompt, first)
+    order = [first[index] for index in np.argsort(-likelihoods)]
+    assert [ids for ids, _ in best] == [ids for ids, _ in order[:SECOND_ROUND]]
+    assert [ids for ids, _ in new] == [ids for ids, _ in best for _ in range(3)]
+    motions = {tuple(ids): {tuple(codes) for other, codes in both if other == ids} for ids, _ in best}
+    assert all(len(codes) == 4 for codes in motions.values())
+
+
+def test_the_clip_that_is_kept_may_be_one_of_the_second_round(token_pipeline: Pipeline) -> None:
+    writer, prompt = token_pipeline._writer, token_pipeline._prompt_ids(PROMPT)
+    request = replace(VIDEO, more_motions=6)
+    settings = resolve(request, token_pipeline.manifest.geometry, token_pipeline.manifest.defaults)
+    from_second = []
+    for seed in range(3):
+        noise = Noise(seed)
+        first = writer.clips(prompt, None, settings, noise, 0)
+        ((ids, codes),) = writer.likeliest(prompt, writer.second_round(prompt, prompt, first, settings, noise, 0), 1)
+        (kept,) = token_pipeline.generate_video(request, Noise(seed))
+        found = token_pipeline.manifest.vocabulary.motion_codes_of(kept.motion_ids, len(codes))
+        assert (kept.image_ids, found.tolist()) == (tuple(ids), codes.tolist())
+        from_second.append(not any(np.array_equal(codes, other) for _, other in first))
+    assert any(from_second)
+
+
+@pytest.mark.parametrize("given", [{}, {"image": FRAME + 90}, {"candidates": 1}, {"clips": 2}])
+def test_torch_keeps_the_same_of_a_second_round(
+    token_pipeline: Pipeline, reference: Reference, given: dict[str, Any]
+) -> None:
+    request = replace(VIDEO, more_motions=3, sampled_motion=None, **given)
+    ours, theirs = (list(made.generate_video(request, Noise(6))) for made in (token_pipeline, reference))
+    assert [(clip.image_ids, clip.motion_ids) for clip in ours] == [
+        (clip.image_ids, clip.motion_ids) for clip in theirs
+    ]
+
+
+def test_a_second_round_needs_something_to_choose_by(token_pipeline: Pipeline) -> None:
+    geometry, defaults = token_pipeline.manifest.geometry, TaskDefaults(candidates=8, more_motions=5)
+
+    def resolved(**given: Any) -> tuple[int, bool]:
+        settings = resolve(VideoRequest(**given), geometry, defaults)
+        return settings.more_motions, settings.sampled_motion
+
+    assert resolved(prompt=PROMPT) == (5, True)
+    assert resolved(prompt=PROMPT, candidates=1) == resolved(prompt=PROMPT, greedy=True) == (0, False)
+    assert resolved(image=FRAME) == (0, True)
+    assert resolved(prompt=PROMPT, candidates=1, more_motions=2) == (2, True)
+    with pytest.raises(UsageError, match="--more-motions 3: the prompt tells which is best"):
+        resolved(image=FRAME, more_motions=3)
+    with pytest.raises(UsageError, match="--more-motions 3: with --greedy all are the same"):
+        resolved(prompt=PROMPT, greedy=True, more_motions=3)
+    with pytest.raises(UsageError, match="--more-motions -1: must be from 0"):
+        resolved(prompt=PROMPT, more_motions=-1)
 
 
 def test_torch_keeps_the_same(token_pipeline: Pipeline, reference: Reference) -> None:
@@ -224,6 +288,7 @@ def test_torch_keeps_the_same_where_a_clip_goes_on(drawing: tuple[Pipeline, Refe
 
 
 def test_a_recipe_tells_how_many_there_were(token_pipeline: Pipeline) -> None:
-    settings = resolve(VIDEO, token_pipeline.manifest.geometry, token_pipeline.manifest.defaults)
+    asked = replace(VIDEO, more_motions=2)
+    settings = resolve(asked, token_pipeline.manifest.geometry, token_pipeline.manifest.defaults)
     recipe = make_recipe("generate", token_pipeline.bundle, settings, 3, {})
-    assert "--candidates 4 --finalists 1" in command_line(recipe, Path("out.mp4"))
+    assert "--candidates 4 --more-motions 2 --finalists 1" in command_line(recipe, Path("out.mp4"))

@@ -71,6 +71,11 @@ class Job:
 @click.option("--keyframe-size", type=Size(), help="Size at which key frames are made. [default: the model's]")
 @seed_option
 @candidates_options
+@click.option(
+    "--more-motions",
+    type=int,
+    help="Write so many more motions after each of the best pictures of several candidates. [default: the model's]",
+)
 @click.option("--keyframe-steps", type=int, help="Denoising steps of a key frame.")
 @click.option("--video-steps", type=int, help="Denoising steps of a clip.")
 @click.option("--text-guidance", type=float, help="Guidance while image tokens are written.")

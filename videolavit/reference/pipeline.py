@@ -36,6 +36,7 @@ from runtime.requests import (
     resolve,
     video_schedule,
 )
+from runtime.token_writer import SECOND_ROUND
 from runtime.tokenizers import TextTokenizer
 from runtime.vocabulary import EOS
 from videolavit.checkpoints import Checkpoint
@@ -85,7 +86,7 @@ class Reference:
         prompt = [] if settings.prompt is None else self.tokenizer.encode(settings.prompt)
         if settings.image is not None:
             prompt += self.picture_ids(settings.image, noise)
-        images = [self.write_image_ids(prompt, settings, source) for source in _sources(settings, noise)]
+        images = [self.write_image_ids(prompt, settings, source) for source in _sources(settings.candidates, noise)]
         (ids, _), latents, image = self.best_drawn([(ids, None) for ids in images], settings.size, settings, noise)
         return ImageResult(ids=tuple(ids), latents=latents, image=image)
 
@@ -100,6 +101,8 @@ class Reference:
             if before is None and settings.image is not None:
                 given = [*self.picture_ids(settings.image, noise), vocabulary.image_end]
             candidates = self.write_clips(sequence, given, settings, noise)
+            if settings.more_motions:
+                candidates = self.second_round(sequence, candidates, settings, noise)
             if given is not None:
                 (image_ids, motion_ids), keyframe = self.likeliest(candidates, 1, settings)[0], settings.image
             else:
@@ -190,14 +193,26 @@ class Reference:
     ) -> list[Written]:
         """The candidates: image ids after `prompt`, written unless they are given, and the motion ids that follow."""
         if image_ids is None:
-            images = [self.write_image_ids(prompt, settings, source) for source in _sources(settings, noise)]
+            images = [self.write_image_ids(prompt, settings, source) for source in _sources(settings.candidates, noise)]
         else:
             images = [image_ids] * settings.candidates
         motions = [
             self.write_motion_ids(self.after(prompt, ids), settings, source)
-            for ids, source in zip(images, _sources(settings, noise), strict=True)
+            for ids, source in zip(images, _sources(settings.candidates, noise), strict=True)
         ]
         return list(zip(images, motions, strict=True))
+
+    def second_round(
+        self, prompt: list[int], candidates: Sequence[Written], settings: Resolved, noise: Noise
+    ) -> list[Written]:
+        """The likeliest candidates, and others with their pictures and new motion (`VideoRequest.more_motions`)."""
+        best = self.likeliest(candidates, SECOND_ROUND, settings)
+        images = [ids for ids, _ in best for _ in range(settings.more_motions)]
+        motions = [
+            self.write_motion_ids(self.after(prompt, ids), settings, source)
+            for ids, source in zip(images, _sources(len(images), noise), strict=True)
+        ]
+        return [*best, *zip(images, motions, strict=True)]
 
     def likeliest(self, candidates: Sequence[Written], count: int, settings: Resolved) -> list[Written]:
         """At most `count` candidates of different pictures, by how likely the prompt is; one alone unjudged."""
@@ -471,9 +486,9 @@ def _sampling(settings: Resolved) -> tuple[float, int, float] | None:
     return None if settings.greedy else (settings.temperature, settings.top_k, settings.top_p)
 
 
-def _sources(settings: Resolved, noise: Noise) -> list[Noise]:
-    """Noise for every candidate; that of a single one is `noise` itself."""
-    return [noise] if settings.candidates == 1 else noise.spawn(settings.candidates)
+def _sources(count: int, noise: Noise) -> list[Noise]:
+    """Noise for each of `count` tries; that of a single one is `noise` itself."""
+    return [noise] if count == 1 else noise.spawn(count)
 
 
 def _without_eos(ids: list[int]) -> list[int]:
