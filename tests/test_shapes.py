@@ -160,9 +160,23 @@ def test_mistaken_scenes_say_nearly_the_same_and_have_no_held_out_combination(se
         assert [getattr(s, name) for s in wrong.shapes] == [getattr(s, name) for s in scene.shapes][::-1]
         said, true = (sorted(f" and {plain_caption(each)}".split(" and a")) for each in (wrong, scene))
         assert said != true, name
-    other = altered(scene, np.random.default_rng(draws))
-    if other is not None:
+    changed = altered(scene, np.random.default_rng(draws))
+    if changed is not None:
+        topic, other = changed
         found["altered"] = other
+        differing = {
+            name
+            for a, b in zip(scene.shapes, other.shapes, strict=True)
+            for name, one, two in (
+                ("colour", a.colour, b.colour),
+                ("kind", a.kind, b.kind),
+                ("size", a.size, b.size),
+                ("direction", a.motion.direction, b.motion.direction),
+                ("speed", a.motion.speed, b.motion.speed),
+            )
+            if one != two
+        }
+        assert differing <= {topic}
         assert sum(a != b for a, b in zip(scene.shapes, other.shapes, strict=True)) <= 1
         for a, b in zip(scene.shapes, other.shapes, strict=True):
             assert (a.size is None, a.motion.speed is None) == (b.size is None, b.motion.speed is None)

@@ -168,10 +168,10 @@ def test_labels_are_strict(tmp_path: Path) -> None:
 @given(st.lists(st.text(), max_size=5), st.lists(st.tuples(st.text(), st.text(), st.text()), max_size=3))
 def test_labels_survive_json(captions: list[str], asked: list[tuple[str, str, str]]) -> None:
     questions = [dict(zip(("question", "answer", "topic"), each, strict=True)) for each in asked]
-    negatives = [{"caption": caption, "wrong": caption[::-1]} for caption in captions]
+    negatives = [{"caption": caption, "wrong": caption[::-1], "topic": "order"} for caption in captions]
     said = {"captions": captions, "questions": questions, "negatives": negatives}
     labels = from_json(json.dumps(said).encode(), "x")
-    assert labels.negatives == tuple(Negative(caption, caption[::-1]) for caption in captions)
+    assert labels.negatives == tuple(Negative(caption, caption[::-1], "order") for caption in captions)
     assert labels.captions == tuple(captions)
     assert labels.questions == tuple(Question(*each) for each in asked)
 

@@ -35,9 +35,10 @@ def exchanged(scene: Scene) -> dict[str, Scene]:
     }
 
 
-def altered(scene: Scene, rng: np.random.Generator) -> Scene | None:
+def altered(scene: Scene, rng: np.random.Generator) -> tuple[str, Scene] | None:
     """`scene` with colour, kind or direction of one shape drawn anew, by chance the same, or size or speed reversed.
 
+    With the name of what was altered.
     None for a combination that is held out, and where two shapes would have one colour, which tells them apart. A shape
     that is neither small nor large, slow nor quick stays so: a caption that leaves the class unsaid is true of any.
     """
@@ -45,22 +46,22 @@ def altered(scene: Scene, rng: np.random.Generator) -> Scene | None:
     shape = scene.shapes[at]
     motion = shape.motion
     options = [
-        replace(shape, colour=COLOURS[int(rng.integers(len(COLOURS)))]),
-        replace(shape, kind=KINDS[int(rng.integers(len(KINDS)))]),
+        ("colour", replace(shape, colour=COLOURS[int(rng.integers(len(COLOURS)))])),
+        ("kind", replace(shape, kind=KINDS[int(rng.integers(len(KINDS)))])),
     ]
     if motion.direction is not None:
         turned = DIRECTIONS[int(rng.integers(len(DIRECTIONS)))]
-        options.append(replace(shape, motion=replace(motion, direction=turned)))
+        options.append(("direction", replace(shape, motion=replace(motion, direction=turned))))
     if shape.size is not None:
-        options.append(replace(shape, size="small" if shape.size == "large" else "large"))
+        options.append(("size", replace(shape, size="small" if shape.size == "large" else "large")))
     if motion.speed is not None:
         other: Speed = "slowly" if motion.speed == "quickly" else "quickly"
-        options.append(replace(shape, motion=replace(motion, speed=other)))
-    changed = options[int(rng.integers(len(options)))]
+        options.append(("speed", replace(shape, motion=replace(motion, speed=other))))
+    name, changed = options[int(rng.integers(len(options)))]
     shapes = (*scene.shapes[:at], changed, *scene.shapes[at + 1 :])
     if len({shape.colour for shape in shapes}) < len(shapes) or not _trained(shapes):
         return None
-    return replace(scene, shapes=shapes)
+    return name, replace(scene, shapes=shapes)
 
 
 def _said(shapes: tuple[Shape, ...]) -> list[str]:

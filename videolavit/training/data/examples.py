@@ -15,10 +15,11 @@ import numpy as np
 
 
 class Negative(NamedTuple):
-    """A caption, and one in nearly the same words that is wrong: what sets them apart has to be learnt to tell them."""
+    """A caption, one in nearly the same words that is wrong, and what is wrong in it (may be empty)."""
 
     caption: str
     wrong: str
+    topic: str = ""
 
 
 class Question(NamedTuple):

@@ -1,8 +1,8 @@
 """What is said about a media file, read from the file beside it.
 
 Contract: NAME.txt has one caption a line; NAME.json has {"captions": [...], "questions": [{"question", "answer",
-"topic"}], "negatives": [{"caption", "wrong"}]}, all optional; a line of captions.jsonl has the same and "file". Unknown
-keys and wrong types are errors of one line that names the file.
+"topic"}], "negatives": [{"caption", "wrong", "topic"}]}, all optional; a line of captions.jsonl has the same and
+"file". Unknown keys and wrong types are errors of one line that names the file.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ class _Asked(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 class _Told(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     caption: str
     wrong: str
+    topic: str = ""
 
 
 class _Said(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -89,4 +90,4 @@ def _decode(content: bytes, kind: type[T], where: str) -> T:
 
 def _labels(said: _Said) -> Labels:
     questions = tuple(Question(q.question, q.answer, q.topic) for q in said.questions)
-    return Labels(said.captions, questions, tuple(Negative(n.caption, n.wrong) for n in said.negatives))
+    return Labels(said.captions, questions, tuple(Negative(n.caption, n.wrong, n.topic) for n in said.negatives))

@@ -115,12 +115,12 @@ Say = Callable[[Scene, np.random.Generator], str]
 
 def _negatives(say: Say, scene: Scene, rng: np.random.Generator) -> tuple[Negative, ...]:
     """Captions beside those of mistaken scenes in the same words, where the latter say anything else."""
-    wrongs = [wrong for name, wrong in exchanged(scene).items() for _ in range(EXCHANGED[name])]
+    wrongs = [(name, wrong) for name, wrong in exchanged(scene).items() for _ in range(EXCHANGED[name])]
     wrongs += [wrong for wrong in (altered(scene, rng) for _ in range(ALTERED)) if wrong is not None]
     seeds = rng.integers(2**62, size=len(wrongs)).tolist()
     pairs = [
-        Negative(*(say(of, np.random.default_rng(seed)) for of in (scene, wrong)))
-        for wrong, seed in zip(wrongs, seeds, strict=True)
+        Negative(say(scene, np.random.default_rng(seed)), say(wrong, np.random.default_rng(seed)), topic)
+        for (topic, wrong), seed in zip(wrongs, seeds, strict=True)
     ]
     return tuple(dict.fromkeys(pair for pair in pairs if pair.caption != pair.wrong))
 

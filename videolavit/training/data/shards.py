@@ -4,8 +4,8 @@ Contract: a shard is two files. shard-NNNNN.safetensors has for every field an a
 (a ragged field NAME: `NAME`, its rows joined, and `NAME.offsets` int64 [rows + 1]), and three more int64 arrays of
 [items + 1]: `picture.offsets` and `clip.offsets`, the rows at which an item's pictures and clips start, and
 `text.offsets`, where its line starts in shard-NNNNN.jsonl, plus `index` [items], its index in the source. A line is a
-JSON object with `captions`, `questions` ([question, answer, topic] each) and `negatives` ([caption, wrong] each). Both
-files appear whole or not at all.
+JSON object with `captions`, `questions` ([question, answer, topic] each) and `negatives` ([caption, wrong, topic]
+each). Both files appear whole or not at all.
 """
 
 from __future__ import annotations

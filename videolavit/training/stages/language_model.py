@@ -11,6 +11,7 @@ it from every real position, and the vocabulary's scores are computed at learnt 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -65,11 +66,17 @@ class Negatives(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         share: of the generation rows of items that have negatives.
         visual_first: share of these in the order [visual, text], in which the texts' likelihoods are compared; in the
             other it is what is seen that has to be likelier after the right text.
+        motion: share of that other order, of clips, in which the motion alone has to be likelier, after text and
+            picture. Only `topics` are then told apart: after a text that is wrong about the picture, motion can be
+            made unlikely without knowing what moves which way. A clip that has none of them gives a generation row.
+        topics: what is wrong in those captions.
         weight: of the loss, softplus(log p(wrong row) - log p(right row)), beside the others.
     """
 
     share: Share = 0.0
     visual_first: Share = 0.5
+    motion: Share = 0.0
+    topics: list[str] = msgspec.field(default_factory=list)
     weight: NotNegative = 1.0
 
     @property
@@ -201,12 +208,7 @@ class LanguageModelStage(Stage):
         check_shares(self.options.more)
         more = [(self._items(other.path), other.share) for other in self.options.more]
         rows = sequences.Rows(self._items(folder), self.context.seed, self.options.repeats, self.row, more)
-        share = self.options.negatives.share
-        if share and not any(items.said(index).negatives for items in rows.folders for index in range(len(items))):
-            raise UsageError(
-                f"options.negatives.share {share}: no item of the data has negatives; give some beside its captions, "
-                "or tokenise the world of shapes again"
-            )
+        _check_negatives(self.options.negatives, rows.folders)
         return rows
 
     def _items(self, folder: Path | str) -> TokenizedDataset:
@@ -221,7 +223,14 @@ class LanguageModelStage(Stage):
         negatives, options = item.get("negatives", ()), self.options.negatives
         if options.share and negatives and rng.random() < options.share:
             negative = negatives[int(rng.integers(len(negatives)))]
-            return self.layout.telling(item, negative, visual_first=rng.random() < options.visual_first)
+            visual_first = rng.random() < options.visual_first
+            moving = options.motion and not visual_first and len(item.get("motion_ids", ()))
+            if not (moving and rng.random() < options.motion):
+                return self.layout.telling(item, negative, visual_first=visual_first)
+            told = [negative for negative in negatives if negative.topic in options.topics]
+            if told:
+                negative = told[int(rng.integers(len(told)))]
+                return self.layout.telling(item, negative, visual_first=False, motion_alone=True)
         return self.layout.generation(item, self.options.mix, rng)
 
     def collate(self, items: list[Any]) -> dict[str, Any]:
@@ -248,3 +257,30 @@ class LanguageModelStage(Stage):
 
     def components(self) -> dict[str, dict[str, Tensor]]:
         return {"language_model": dict(self.module.language_model.state_dict())}
+
+
+def _check_negatives(options: Negatives, folders: Sequence[TokenizedDataset]) -> None:
+    """Raise UsageError when what is asked for is nowhere in `folders`; reading stops when all has been met."""
+    if options.motion and not options.topics:
+        raise UsageError(
+            f"options.negatives.motion {options.motion}: options.negatives.topics is empty; name what is wrong in the "
+            "captions that motion shall be told from, for example motion"
+        )
+    missing = set(options.topics) if options.share else set[str]()
+    found = not options.share
+    for folder in folders:
+        for index in range(len(folder)):
+            if found and not missing:
+                return
+            negatives = folder.said(index).negatives
+            found = found or bool(negatives)
+            missing -= {negative.topic for negative in negatives}
+    if not found:
+        raise UsageError(
+            f"options.negatives.share {options.share}: no item of the data has negatives; give some beside its "
+            "captions, or tokenise the world of shapes again"
+        )
+    raise UsageError(
+        f"options.negatives.topics {', '.join(sorted(missing))}: no caption of the data is wrong about it; name "
+        "others, or give some beside its captions"
+    )

@@ -119,11 +119,12 @@ class Layout:
             row.add(spans, GENERATED)
         return self._cut(row)
 
-    def telling(self, item: Item, negative: Negative, *, visual_first: bool) -> Row:
+    def telling(self, item: Item, negative: Negative, *, visual_first: bool, motion_alone: bool = False) -> Row:
         """The row of the caption, and as its `wrong` that of the wrong one.
 
         Of [visual, text] all ids have a likelihood, of which the visual ids' are the same in both rows; of [text,
-        visual] the visual ids alone. So comparing sums compares p(text | visual) or p(visual | text).
+        visual] the visual ids alone, or only those of motion if `motion_alone`. So comparing sums compares
+        p(text | visual), p(visual | text) or p(motion | text, pictures).
         """
         right, wrong, spans = Row(), Row(), self.spans(item)
         for row, text, kind in ((right, negative.caption, GENERATED), (wrong, negative.wrong, WRONG)):
@@ -133,6 +134,8 @@ class Layout:
             else:
                 row.add(words, CONTEXT)
                 row.add(spans, kind)
+            if motion_alone:
+                row.kinds = [kind if id_ >= self.vocabulary.first_motion else CONTEXT for id_ in row.ids]
             self._cut(row)
         right.wrong = wrong
         return right
