@@ -99,6 +99,7 @@ def _profile(model: Path, inputs: Mapping[str, np.ndarray], threads: int, level:
         settings = onnxruntime.SessionOptions()
         settings.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, level)
         settings.intra_op_num_threads = threads
+        settings.enable_mem_reuse = False  # planning it takes longer than the run (runtime.backends.onnxruntime)
         settings.log_severity_level = 4
         # A weight that was packed is not among a node's inputs any more.
         settings.add_session_config_entry("session.disable_prepacking", "1")
