@@ -549,12 +549,15 @@ def test_data_without_negatives_is_named(folders: tuple[Path, Path], tmp_path: P
     folder.mkdir()
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(folder / "one.png")
     (folder / "one.txt").write_text("a picture\n")
-    tokenize(
-        Plan(data=DataSettings(source="folder", path=str(folder)), checkpoint=source, fields=("visual_ids",)), poor
-    )
+    plan = Plan(data=DataSettings(source="folder", path=str(folder)), checkpoint=source, fields=("visual_ids",))
+    tokenize(plan, poor)
     context = replace(context, data=DataSettings(source="tokenized", path=str(poor)))
     with pytest.raises(UsageError, match=r"options\.negatives\.share 0\.5: no item of the data has negatives"):
         LanguageModelStage(context, options).dataset()
+    (folder / "one.json").write_text('{"negatives": [{"caption": "gloomy", "wrong": "merry", "topic": "mood"}]}')
+    tokenize(plan, poor, force=True)
+    options = LanguageModelOptions(negatives=Negatives(share=0.5, motion=0.5, topics=["mood"]))
+    assert len(LanguageModelStage(context, options).dataset().items) == 1  # the last item is the first that has some
 
 
 @pytest.mark.parametrize("name", ["language-model", "instruct"])

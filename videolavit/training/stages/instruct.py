@@ -24,7 +24,12 @@ from videolavit.training.data.examples import Question
 from videolavit.training.data.tokenized import TokenizedDataset
 from videolavit.training.settings import NotNegative, Positive, Share
 from videolavit.training.stage import StageContext
-from videolavit.training.stages.language_model import LanguageModelOptions, LanguageModelStage, SequenceModel
+from videolavit.training.stages.language_model import (
+    LanguageModelOptions,
+    LanguageModelStage,
+    SequenceModel,
+    missing_topics,
+)
 from videolavit.training.stages.sequences import Item, Row, Rows
 from videolavit.training.stages.starting import trainable
 
@@ -162,15 +167,8 @@ class InstructStage(LanguageModelStage):
 
 
 def _check_topics(named: Iterable[str], folders: Sequence[TokenizedDataset]) -> None:
-    """Raise UsageError for a topic that no question of `folders` has; reading stops when all have been met."""
-    missing, met = set(named), set[str]()
-    for folder in folders:
-        for index in range(len(folder)):
-            if not missing:
-                return
-            topics = {question.topic for question in folder.said(index).questions}
-            met |= topics
-            missing -= topics
+    """Raise UsageError for a topic that no question of `folders` has."""
+    missing, met = missing_topics(named, folders, lambda said: said.questions)
     if missing:
         there = ", ".join(sorted(met)) or "no questions at all"
         wanted = ", ".join(sorted(missing))

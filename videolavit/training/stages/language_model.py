@@ -11,7 +11,7 @@ it from every real position, and the vocabulary's scores are computed at learnt 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -24,6 +24,8 @@ from torch import Tensor, nn
 
 from runtime.errors import UsageError
 from runtime.vocabulary import Vocabulary
+from videolavit.training.data.examples import Negative, Question
+from videolavit.training.data.shards import Text
 from videolavit.training.data.tokenized import TokenizedDataset
 from videolavit.training.settings import Count, CountOrNone, NotNegative, Share
 from videolavit.training.stage import Stage, StageContext
@@ -259,28 +261,45 @@ class LanguageModelStage(Stage):
         return {"language_model": dict(self.module.language_model.state_dict())}
 
 
+def missing_topics(
+    named: Iterable[str], folders: Iterable[TokenizedDataset], of: Callable[[Text], Iterable[Question | Negative]]
+) -> tuple[set[str], set[str]]:
+    """Those of the topics `named` that nothing is about, and all that were met until reading stopped.
+
+    `of` picks the questions or the negatives of what is said about an item.
+    """
+    missing, met = set(named), set[str]()
+    for said in _sayings(folders):
+        topics = {each.topic for each in of(said)}
+        met |= topics
+        missing -= topics
+        if not missing:
+            break
+    return missing, met
+
+
 def _check_negatives(options: Negatives, folders: Sequence[TokenizedDataset]) -> None:
-    """Raise UsageError when what is asked for is nowhere in `folders`; reading stops when all has been met."""
+    """Raise UsageError when what is asked for is nowhere in `folders`."""
+    if not options.share:
+        return
+    if not any(said.negatives for said in _sayings(folders)):
+        raise UsageError(
+            f"options.negatives.share {options.share}: no item of the data has negatives; give some beside its "
+            "captions, or tokenise the world of shapes again"
+        )
     if options.motion and not options.topics:
         raise UsageError(
             f"options.negatives.motion {options.motion}: options.negatives.topics is empty; name what is wrong in the "
             "captions that motion shall be told from, for example motion"
         )
-    missing = set(options.topics) if options.share else set[str]()
-    found = not options.share
-    for folder in folders:
-        for index in range(len(folder)):
-            if found and not missing:
-                return
-            negatives = folder.said(index).negatives
-            found = found or bool(negatives)
-            missing -= {negative.topic for negative in negatives}
-    if not found:
+    missing, _ = missing_topics(options.topics, folders, lambda said: said.negatives)
+    if missing:
         raise UsageError(
-            f"options.negatives.share {options.share}: no item of the data has negatives; give some beside its "
-            "captions, or tokenise the world of shapes again"
+            f"options.negatives.topics {', '.join(sorted(missing))}: no caption of the data is wrong about it; name "
+            "others, or give some beside its captions"
         )
-    raise UsageError(
-        f"options.negatives.topics {', '.join(sorted(missing))}: no caption of the data is wrong about it; name "
-        "others, or give some beside its captions"
-    )
+
+
+def _sayings(folders: Iterable[TokenizedDataset]) -> Iterator[Text]:
+    """What is said about every item, read when it is asked for."""
+    return (folder.said(index) for folder in folders for index in range(len(folder)))
