@@ -265,12 +265,9 @@ def _check(request: Request, geometry: Geometry) -> None:
     prompt = getattr(request, "prompt", None)
     if prompt is not None and not prompt.strip():
         raise UsageError('PROMPT is empty: say what to generate, for example "a red circle moving right"')
-    candidates = getattr(request, "candidates", None)
-    for flag, tries, one in (
-        ("--candidates", candidates, 1),
-        ("--more-motions", getattr(request, "more_motions", None), 0),
-    ):
-        if tries is None or tries == one:
+    candidates, more_motions = (getattr(request, name, None) for name in ("candidates", "more_motions"))
+    for flag, tries, least in (("--candidates", candidates, 1), ("--more-motions", more_motions, 0)):
+        if tries is None or tries == least:
             continue
         if prompt is None:
             raise UsageError(f"{flag} {tries}: the prompt tells which is best; give a PROMPT, or leave {flag} out")

@@ -32,7 +32,7 @@ from runtime.progress import Observer, Progress, Stopwatch
 from runtime.requests import Resolved
 
 GENERATE = "generate"
-SECOND_ROUND = 4  # pictures that more motions are written after
+SECOND_ROUND_PICTURES = 4
 Written = tuple[list[int], Any]  # image ids up to image_end, and motion codes [K] or None
 
 
@@ -113,7 +113,7 @@ class TokenWriter:
 
         Which motion is right depends on what stands where, so good ones are rarer than good pictures.
         """
-        best = self.likeliest(prompt, candidates, SECOND_ROUND)
+        best = self.likeliest(prompt, candidates, SECOND_ROUND_PICTURES)
         images = [ids for ids, _ in best for _ in range(settings.more_motions)]
         sequences = [self.with_image(sequence, ids) for ids in images]
         return [*best, *zip(images, self.motions(sequences, settings, noise, reserve), strict=True)]

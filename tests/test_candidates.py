@@ -21,7 +21,7 @@ from runtime.pipeline import Pipeline
 from runtime.recipe import command_line, make_recipe
 from runtime.requests import ImageRequest, VideoRequest, resolve
 from runtime.settings import TaskDefaults
-from runtime.token_writer import SECOND_ROUND
+from runtime.token_writer import SECOND_ROUND_PICTURES
 from runtime.tokenizers import TextTokenizer
 from videolavit.checkpoints import load
 from videolavit.reference.pipeline import Reference
@@ -122,10 +122,10 @@ def test_a_second_round_keeps_the_best_pictures_and_gives_them_new_motion(token_
     noise = Noise(5)
     first = writer.clips(prompt, None, settings, noise, 0)
     both = writer.second_round(prompt, prompt, first, settings, noise, 0)
-    best, new = both[:SECOND_ROUND], both[SECOND_ROUND:]
+    best, new = both[:SECOND_ROUND_PICTURES], both[SECOND_ROUND_PICTURES:]
     likelihoods = writer.likelihoods(prompt, first)
     order = [first[index] for index in np.argsort(-likelihoods)]
-    assert [ids for ids, _ in best] == [ids for ids, _ in order[:SECOND_ROUND]]
+    assert [ids for ids, _ in best] == [ids for ids, _ in order[:SECOND_ROUND_PICTURES]]
     assert [ids for ids, _ in new] == [ids for ids, _ in best for _ in range(3)]
     motions = {tuple(ids): {tuple(codes) for other, codes in both if other == ids} for ids, _ in best}
     assert all(len(codes) == 4 for codes in motions.values())

@@ -36,7 +36,7 @@ from runtime.requests import (
     resolve,
     video_schedule,
 )
-from runtime.token_writer import SECOND_ROUND
+from runtime.token_writer import SECOND_ROUND_PICTURES
 from runtime.tokenizers import TextTokenizer
 from runtime.vocabulary import EOS
 from videolavit.checkpoints import Checkpoint
@@ -206,7 +206,7 @@ class Reference:
         self, prompt: list[int], candidates: Sequence[Written], settings: Resolved, noise: Noise
     ) -> list[Written]:
         """The likeliest candidates, and others with their pictures and new motion (`VideoRequest.more_motions`)."""
-        best = self.likeliest(candidates, SECOND_ROUND, settings)
+        best = self.likeliest(candidates, SECOND_ROUND_PICTURES, settings)
         images = [ids for ids, _ in best for _ in range(settings.more_motions)]
         motions = [
             self.write_motion_ids(self.after(prompt, ids), settings, source)
