@@ -36,9 +36,10 @@ def exchanged(scene: Scene) -> dict[str, Scene]:
 
 
 def altered(scene: Scene, rng: np.random.Generator) -> tuple[str, Scene] | None:
-    """`scene` with colour, kind or direction of one shape drawn anew, by chance the same, or size or speed reversed.
+    """The name of what was altered of one shape, and `scene` with it.
 
-    With the name of what was altered.
+    Its colour, kind or direction is drawn anew, by chance the same, or its size or speed is reversed.
+
     None for a combination that is held out, and where two shapes would have one colour, which tells them apart. A shape
     that is neither small nor large, slow nor quick stays so: a caption that leaves the class unsaid is true of any.
     """

@@ -226,12 +226,12 @@ class LanguageModelStage(Stage):
         if options.share and negatives and rng.random() < options.share:
             negative = negatives[int(rng.integers(len(negatives)))]
             visual_first = rng.random() < options.visual_first
-            moving = options.motion and not visual_first and len(item.get("motion_ids", ()))
-            if not (moving and rng.random() < options.motion):
+            moves = len(item.get("motion_ids", ())) > 0
+            if visual_first or not moves or rng.random() >= options.motion:
                 return self.layout.telling(item, negative, visual_first=visual_first)
-            told = [negative for negative in negatives if negative.topic in options.topics]
-            if told:
-                negative = told[int(rng.integers(len(told)))]
+            about_motion = [each for each in negatives if each.topic in options.topics]
+            if about_motion:
+                negative = about_motion[int(rng.integers(len(about_motion)))]
                 return self.layout.telling(item, negative, visual_first=False, motion_alone=True)
         return self.layout.generation(item, self.options.mix, rng)
 
