@@ -23,6 +23,7 @@ from videolavit.shapes import (
     clip,
     clips,
     is_held_out,
+    left_to_right,
     picture_caption,
     picture_questions,
     plain_caption,
@@ -145,6 +146,16 @@ def test_what_is_said_is_true(seed, split, words):
     assert set(answers.get("kind", [])) <= {shape.kind for shape in scene.shapes}
     assert set(answers.get("colour", [])) <= {shape.colour for shape in scene.shapes}
     assert not any("mov" in question for question, _, _ in picture_questions(scene, rng))
+
+
+@settings(max_examples=60, deadline=None)
+@given(seeds, splits)
+def test_shapes_are_put_in_order_from_the_left(seed, split):
+    scene = sample_scene(seed, split=split)
+    ordered = left_to_right(scene)
+    assert set(ordered.shapes) == set(scene.shapes) and ordered.background == scene.background
+    places = [shape.start[0] for shape in ordered.shapes]
+    assert places == sorted(places)
 
 
 @settings(max_examples=60, deadline=None)

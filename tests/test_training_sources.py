@@ -77,6 +77,30 @@ def test_the_number_of_shapes_may_be_given(shapes: int) -> None:
     assert {len(ShapesSource(GEOMETRY).scene(index)[0].shapes) for index in range(20)} == {1, 2}
 
 
+def test_two_shapes_are_named_from_left_to_right() -> None:
+    """Captions and answers; wrong captions in the order drawn too, but for those that exchange the ways."""
+    source = ShapesSource(GEOMETRY, shapes=2, size=24)
+    orders = set()
+    for index in range(24):
+        example = source.clip(index)
+        shapes = sorted(source.scene(index)[0].shapes, key=lambda shape: shape.start[0])
+        colours = [shape.colour for shape in shapes]
+        described = [asked.answer for asked in example.questions if asked.topic == "description"]
+        ways = [told for told in example.negatives if told.topic == "ways"]
+        ordered = [*example.captions, *described, *(text for told in ways for text in (told.caption, told.wrong))]
+        assert [_named(text, colours) for text in ordered] == [colours] * len(ordered)
+        orders |= {_named(told.caption, colours) == colours for told in example.negatives if told.topic != "ways"}
+        for told in ways:
+            assert shapes[0].motion != shapes[1].motion and told.caption != told.wrong
+    assert orders == {True, False}
+    assert not any(told.topic == "ways" for told in source.picture(0).negatives)
+
+
+def _named(text: str, colours: list[str]) -> list[str]:
+    """`colours` in the order in which `text` names them."""
+    return sorted(colours, key=text.lower().index)
+
+
 def test_the_number_of_shapes_is_only_for_the_world_of_shapes(media: Path) -> None:
     with pytest.raises(UsageError, match=r"data\.shapes 2: only the world of shapes"):
         open_source(DataSettings(source="folder", path=str(media), shapes=2), GEOMETRY)

@@ -17,6 +17,7 @@ from videolavit.shapes.scene import (
     Scene,
     Shape,
     is_held_out,
+    left_to_right,
     sample_scene,
 )
 
@@ -37,6 +38,7 @@ __all__ = [
     "clip",
     "clips",
     "is_held_out",
+    "left_to_right",
     "motion_grid",
     "picture_caption",
     "picture_questions",

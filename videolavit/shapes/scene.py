@@ -173,6 +173,11 @@ def is_held_out(colour: Colour, kind: Kind, direction: Direction | None) -> bool
     return (3 * COLOURS.index(colour) + 5 * KINDS.index(kind) + 7 * way) % 10 == 4
 
 
+def left_to_right(scene: Scene) -> Scene:
+    """`scene` with its shapes in the order in which they stand in the first frame, the leftmost first."""
+    return replace(scene, shapes=tuple(sorted(scene.shapes, key=lambda shape: shape.start[0])))
+
+
 def sample_scene(seed: int, *, split: Split = "train", clips: int = 1, shapes: int | None = None) -> Scene:
     """A scene drawn by lot.
 

@@ -1,7 +1,9 @@
 """The world of shapes as a source: endless, drawn by lot, nothing on disk.
 
 Contract: item i depends on (seed, split, clips, i) alone. Motion is read from pictures of 128 or 256 pixels, drawn by
-lot as well, so that the model meets both densities of macroblocks.
+lot as well, so that the model meets both densities of macroblocks. Captions and answers name two shapes from left to
+right. In any order, p(motion | caption, picture) hardly learns which of them goes which way, as it would have to find
+each by its colour; so the place in the caption tells the place in the picture.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from videolavit.shapes import (
     SPLITS,
     Scene,
     caption,
+    left_to_right,
     picture_caption,
     picture_questions,
     questions,
@@ -32,6 +35,7 @@ WORDINGS = 4  # captions drawn per item; equal ones count once
 # Wordings of what is easily mistaken for a scene: most where a model learns least by itself.
 EXCHANGED = {"motion": 6, "colour": 2, "kind": 2}
 ALTERED = 6
+WAYS = 4
 
 
 class ShapesSource:
@@ -92,8 +96,8 @@ class ShapesSource:
         scene, rng = self.scene(index)
         return PictureExample(
             image=render_frame(scene, 0),
-            captions=_wordings(picture_caption, scene, rng),
-            questions=tuple(Question(*asked) for asked in picture_questions(scene, rng)),
+            captions=_wordings(picture_caption, left_to_right(scene), rng),
+            questions=tuple(Question(*asked) for asked in picture_questions(left_to_right(scene), rng)),
             negatives=_negatives(picture_caption, scene, rng),
         )
 
@@ -104,8 +108,8 @@ class ShapesSource:
             frames=np.concatenate([part.frames for part in parts]),
             grid=np.concatenate([part.grid for part in parts]),
             clip_count=len(parts),
-            captions=_wordings(caption, scene, rng),
-            questions=tuple(Question(*asked) for asked in questions(scene, rng)),
+            captions=_wordings(caption, left_to_right(scene), rng),
+            questions=tuple(Question(*asked) for asked in questions(left_to_right(scene), rng)),
             negatives=_negatives(caption, scene, rng),
         )
 
@@ -114,13 +118,19 @@ Say = Callable[[Scene, np.random.Generator], str]
 
 
 def _negatives(say: Say, scene: Scene, rng: np.random.Generator) -> tuple[Negative, ...]:
-    """Captions beside those of mistaken scenes in the same words, where the latter say anything else."""
-    wrongs = [(name, wrong) for name, wrong in exchanged(scene).items() for _ in range(EXCHANGED[name])]
-    wrongs += [wrong for wrong in (altered(scene, rng) for _ in range(ALTERED)) if wrong is not None]
+    """Captions beside those of mistaken scenes in the same words, where the latter say anything else.
+
+    They name shapes in any order, but those about `ways`, the two motions exchanged, name them from left to right.
+    """
+    told = left_to_right(scene)
+    wrongs = [(topic, scene, wrong) for topic, wrong in exchanged(scene).items() for _ in range(EXCHANGED[topic])]
+    changes = (altered(scene, rng) for _ in range(ALTERED))
+    wrongs += [(change[0], scene, change[1]) for change in changes if change is not None]
+    wrongs += [("ways", told, wrong) for topic, wrong in exchanged(told).items() if topic == "motion"] * WAYS
     seeds = rng.integers(2**62, size=len(wrongs)).tolist()
     pairs = [
-        Negative(say(scene, np.random.default_rng(seed)), say(wrong, np.random.default_rng(seed)), topic)
-        for (topic, wrong), seed in zip(wrongs, seeds, strict=True)
+        Negative(say(right, np.random.default_rng(seed)), say(wrong, np.random.default_rng(seed)), topic)
+        for (topic, right, wrong), seed in zip(wrongs, seeds, strict=True)
     ]
     return tuple(dict.fromkeys(pair for pair in pairs if pair.caption != pair.wrong))
 
