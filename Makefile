@@ -98,6 +98,12 @@ shapes-model: $(VENV)/.dev
 	$(call TOKENIZE,pictures-third) --count 1500 --seed 16 --fields $(PICTURE_FIELDS)
 	$(call TOKENIZE,pairs-third) --count 400 --seed 17 --clips 2 --fields $(PICTURE_FIELDS),motion_ids
 	$(call TRAIN,instruct,-told-more,shapes-deep)
+	$(call TOKENIZE,two-shapes-fourth) --count 24000 --seed 29 --shapes 2 --fields $(PICTURE_FIELDS),motion_ids
+	$(call TOKENIZE,clips-fourth) --count 3000 --seed 26 --fields $(PICTURE_FIELDS),motion_ids
+	$(call TOKENIZE,pictures-fourth) --count 1500 --seed 27 --fields $(PICTURE_FIELDS)
+	$(call TOKENIZE,pairs-fourth) --count 400 --seed 28 --clips 2 --fields $(PICTURE_FIELDS),motion_ids
+	$(call TRAIN,instruct,-places,shapes-deep)
+	$(call TRAIN,instruct,-placed,shapes-deep)
 	$(call TOKENIZE,videos-two) --count 1200 --seed 13 --shapes 2 --fields $(CLIP_FIELDS)
 	$(call TOKENIZE,videos-third) --count 600 --seed 18 --fields $(CLIP_FIELDS)
 	$(call TOKENIZE,scenery-more,scenery) --count 350 --seed 19 --fields $(CLIP_FIELDS)

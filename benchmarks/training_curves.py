@@ -58,6 +58,8 @@ STAGES = {
     "instruct-negatives": "negatives",
     "instruct-told": "answers",
     "instruct-told-more": "answers",
+    "instruct-places": "negatives",
+    "instruct-placed": "motion",
     "video-detokenizer-whole-fourth": "psnr",
     "video-detokenizer-rebuilt": "psnr",
     "video-detokenizer-rebuilt-more": "psnr",

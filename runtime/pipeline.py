@@ -176,9 +176,7 @@ class Pipeline:
         for index in range(settings.clips):
             picture_given = index == 0 and settings.image is not None
             given = self._picture_ids(settings.image, noise)[1:] if picture_given else None
-            candidates = self._writer.clips(sequence, given, settings, noise, reserve)
-            if settings.more_motions:
-                candidates = self._writer.second_round(prompt, sequence, candidates, settings, noise, reserve)
+            candidates = self._writer.clips(prompt, sequence, given, settings, noise, reserve)
             if picture_given:
                 (image_ids, motion_codes), keyframe = self._writer.likeliest(prompt, candidates, 1)[0], settings.image
             else:

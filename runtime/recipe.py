@@ -64,7 +64,7 @@ _KEYFRAME = ("keyframe_steps", "keyframe_sampler", "keyframe_spacing", "image_gu
 _VIDEO = ("video_steps", "video_sampler", "video_spacing", "video_sigmas", "video_guidance_interval", "video_start")
 _OPTIONS = {
     "generate": (
-        *("clips", "size", "keyframe_size", "candidates", "more_motions", "finalists"),
+        *("clips", "size", "keyframe_size", "candidates", "kept_pictures", "finalists"),
         *("text_guidance", "motion_guidance"),
         *(*_KEYFRAME, *_VIDEO, *_SAMPLING),
     ),

@@ -59,10 +59,11 @@ class VideoRequest:
     """Text, a picture, or both -> `clips` clips (§12.2, §12.3, §12.4).
 
     `sampled_motion` None follows the reference: greedy from text alone, sampled when a picture is given; and sampled
-    where there are several candidates or more motions, which it tells apart.
+    where there are several candidates, which it tells apart.
     `greedy` takes the arg-max everywhere. `candidates`: as for pictures, tries of each clip's key frame and motion.
-    `more_motions`: so many more motions are written after each of the likeliest pictures of the candidates
-    (`runtime.token_writer`); a good picture may have had the wrong motion. Like candidates they need a prompt.
+    `kept_pictures`: of the candidates' pictures, so many that the prompt is likeliest to be said of; the motions, as
+    many as there are candidates, are written after these in turn, so that none is spent on a wrong picture. 0 keeps
+    all. At most as many as candidates; a picture that is given is the only one.
     `finalists`: as for pictures; a key frame that is given is not drawn.
     """
 
@@ -83,7 +84,7 @@ class VideoRequest:
     max_image_tokens: int | None = None
     min_image_tokens: int | None = None
     candidates: int | None = None
-    more_motions: int | None = None
+    kept_pictures: int | None = None
     finalists: int | None = None
     inverse_rate: float | None = None
     noise_augmentation: float | None = None
@@ -197,13 +198,11 @@ def resolve(request: Request, geometry: Geometry, defaults: TaskDefaults) -> Res
         elif hasattr(defaults, field.name):
             values[field.name] = getattr(defaults, field.name)
     resolved: Resolved = replace(request, **values)  # type: ignore[arg-type]
-    if "more_motions" in values and resolved.candidates == 1:
-        resolved = replace(resolved, more_motions=0)
-    if "finalists" in values:
-        resolved = replace(resolved, finalists=min(resolved.finalists, resolved.candidates))
+    for name in ("finalists", "kept_pictures"):
+        if name in values:
+            resolved = replace(resolved, **{name: min(getattr(resolved, name), resolved.candidates)})
     if isinstance(request, VideoRequest) and request.sampled_motion is None:
-        several = resolved.candidates > 1 or resolved.more_motions > 0
-        resolved = replace(resolved, sampled_motion=resolved.image is not None or several)
+        resolved = replace(resolved, sampled_motion=resolved.image is not None or resolved.candidates > 1)
     _check(resolved, geometry)
     return resolved
 
@@ -235,7 +234,7 @@ _LIMITS: dict[str, tuple[float, float]] = {
     "top_p": (0.0001, 1),
     "max_image_tokens": (1, 4096),
     "candidates": (1, 1000),
-    "more_motions": (0, 1000),
+    "kept_pictures": (0, 1000),
     "finalists": (1, 100),
     "max_answer_tokens": (1, 4096),
     "inverse_rate": (0, 0.99),
@@ -265,19 +264,21 @@ def _check(request: Request, geometry: Geometry) -> None:
     prompt = getattr(request, "prompt", None)
     if prompt is not None and not prompt.strip():
         raise UsageError('PROMPT is empty: say what to generate, for example "a red circle moving right"')
-    candidates, more_motions = (getattr(request, name, None) for name in ("candidates", "more_motions"))
-    for flag, tries, least in (("--candidates", candidates, 1), ("--more-motions", more_motions, 0)):
-        if tries is None or tries == least:
-            continue
+    candidates = getattr(request, "candidates", None)
+    if candidates is not None and candidates > 1:
         if prompt is None:
-            raise UsageError(f"{flag} {tries}: the prompt tells which is best; give a PROMPT, or leave {flag} out")
+            raise UsageError(
+                f"--candidates {candidates}: the prompt tells which is best; give a PROMPT, or leave --candidates out"
+            )
         if request.greedy:  # type: ignore[union-attr]
-            raise UsageError(f"{flag} {tries}: with --greedy all are the same; leave one of the two out")
-    if candidates is not None and (finalists := request.finalists) > candidates:  # type: ignore[union-attr]
-        raise UsageError(
-            f"--finalists {finalists}: more than there are candidates ({candidates}); ask for at most as many, or for "
-            "more with --candidates"
-        )
+            raise UsageError(f"--candidates {candidates}: with --greedy all are the same; leave one of the two out")
+    for name in ("finalists", "kept_pictures"):
+        count = getattr(request, name, None)
+        if candidates is not None and count is not None and count > candidates:
+            raise UsageError(
+                f"--{name.replace('_', '-')} {count}: more than there are candidates ({candidates}); ask for at most "
+                "as many, or for more with --candidates"
+            )
     if isinstance(request, AnswerRequest) and not request.question.strip():
         raise UsageError('QUESTION is empty: ask something, for example "what moves?"')
     if (

@@ -68,7 +68,8 @@ class TaskDefaults(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         video_guidance: (first frame, last frame) guidance of the video denoising loop.
         max_image_tokens, min_image_tokens: bounds on generated image tokens.
         candidates: tries of which one is kept, see `runtime.candidates`.
-        more_motions: written after each of the likeliest pictures of several candidates, see `runtime.token_writer`.
+        kept_pictures: of the candidates, the likeliest, which alone are written motion; 0: all of them. See
+            `runtime.token_writer`.
         finalists: of the candidates, so many are drawn before one is kept, see `runtime.requests.ImageRequest`.
         inverse_rate: share of the key-frame schedule that later clips of a long video skip (§12.4).
         keyframe_sampler, keyframe_spacing, video_sampler, video_spacing, video_sigmas: how the denoising loops step,
@@ -95,7 +96,7 @@ class TaskDefaults(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     max_answer_tokens: int = 512
     min_answer_tokens: int = 8
     candidates: int = 1
-    more_motions: int = 0
+    kept_pictures: int = 0
     finalists: int = 1
     inverse_rate: float = 0.9
     noise_augmentation: float = 0.02

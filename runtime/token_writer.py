@@ -2,8 +2,8 @@
 
 Contract: what is written is written after ids, or after embeddings where pictures stand among them as features. The
 language model goes on from what it read last (`runtime.context`). Where a request has several candidates they are
-written in one batch, each with noise of its own, and the one is kept that the prompt is likeliest to be said of. A clip
-may have a second round, in which motion alone is written anew after the likeliest pictures of the first one.
+written in one batch, each with noise of its own, and the one is kept that the prompt is likeliest to be said of. Of
+clips the pictures may be chosen first, so that motion is written after the likeliest alone.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ from runtime.progress import Observer, Progress, Stopwatch
 from runtime.requests import Resolved
 
 GENERATE = "generate"
-SECOND_ROUND_PICTURES = 4
 Written = tuple[list[int], Any]  # image ids up to image_end, and motion codes [K] or None
 
 
@@ -90,33 +89,27 @@ class TokenWriter:
         return [self._vocabulary.motion_codes_of(ids, count) for ids in written]
 
     def clips(
-        self, sequence: list[int], image_ids: list[int] | None, settings: Resolved, noise: Noise, reserve: int
-    ) -> list[Written]:
-        """The candidates for a clip after `sequence`; their image ids are written unless they are given."""
-        if image_ids is None:
-            images = self.images(sequence, settings, noise, reserve)
-        else:
-            images = [image_ids] * settings.candidates
-        sequences = [self.with_image(sequence, ids) for ids in images]
-        return list(zip(images, self.motions(sequences, settings, noise, reserve), strict=True))
-
-    def second_round(
         self,
         prompt: Sequence[int],
         sequence: list[int],
-        candidates: Sequence[Written],
+        image_ids: list[int] | None,
         settings: Resolved,
         noise: Noise,
         reserve: int,
     ) -> list[Written]:
-        """The likeliest of `candidates` for a clip after `sequence`, and more with their pictures and other motion.
+        """The candidates for a clip after `sequence`; their image ids are written unless they are given.
 
-        Which motion is right depends on what stands where, so good ones are rarer than good pictures.
+        Of written pictures those are kept that `prompt` is likeliest to be said of, and given motion in turn.
         """
-        best = self.likeliest(prompt, candidates, SECOND_ROUND_PICTURES)
-        images = [ids for ids, _ in best for _ in range(settings.more_motions)]
+        if image_ids is not None:
+            images = [image_ids] * settings.candidates
+        else:
+            images = self.images(sequence, settings, noise, reserve)
+            if settings.kept_pictures:
+                kept = self.likeliest(prompt, [(ids, None) for ids in images], settings.kept_pictures)
+                images = [kept[index % len(kept)][0] for index in range(settings.candidates)]
         sequences = [self.with_image(sequence, ids) for ids in images]
-        return [*best, *zip(images, self.motions(sequences, settings, noise, reserve), strict=True)]
+        return list(zip(images, self.motions(sequences, settings, noise, reserve), strict=True))
 
     def with_image(self, sequence: list[int], image_ids: list[int]) -> list[int]:
         """Ids of a picture after `sequence`, its start marker in between."""

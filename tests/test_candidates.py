@@ -21,7 +21,6 @@ from runtime.pipeline import Pipeline
 from runtime.recipe import command_line, make_recipe
 from runtime.requests import ImageRequest, VideoRequest, resolve
 from runtime.settings import TaskDefaults
-from runtime.token_writer import SECOND_ROUND_PICTURES
 from runtime.tokenizers import TextTokenizer
 from videolavit.checkpoints import load
 from videolavit.reference.pipeline import Reference
@@ -103,7 +102,7 @@ def test_the_clip_that_is_kept_is_the_likeliest_of_those_written(
 ) -> None:
     settings = resolve(VIDEO, token_pipeline.manifest.geometry, token_pipeline.manifest.defaults)
     prompt = token_pipeline._prompt_ids(PROMPT)
-    tries = token_pipeline._writer.clips(prompt, None, settings, Noise(5), 0)
+    tries = token_pipeline._writer.clips(prompt, prompt, None, settings, Noise(5), 0)
     likelihoods = token_pipeline._writer.likelihoods(prompt, tries)
     assert len(tries) == 4 and len(set(likelihoods.tolist())) > 1  # they differ, or the choice would mean nothing
     image_ids, codes = tries[int(np.argmax(likelihoods))]
@@ -114,67 +113,55 @@ def test_the_clip_that_is_kept_is_the_likeliest_of_those_written(
     assert token_pipeline.manifest.vocabulary.motion_codes_of(kept.motion_ids, len(codes)).tolist() == codes.tolist()
 
 
-def test_a_second_round_keeps_the_best_pictures_and_gives_them_new_motion(token_pipeline: Pipeline) -> None:
+def test_motion_is_written_after_the_likeliest_pictures_in_turn(token_pipeline: Pipeline) -> None:
     writer, prompt = token_pipeline._writer, token_pipeline._prompt_ids(PROMPT)
     settings = resolve(
-        replace(VIDEO, candidates=6, more_motions=3), token_pipeline.manifest.geometry, token_pipeline.manifest.defaults
+        replace(VIDEO, candidates=7, kept_pictures=3),
+        token_pipeline.manifest.geometry,
+        token_pipeline.manifest.defaults,
     )
-    noise = Noise(5)
-    first = writer.clips(prompt, None, settings, noise, 0)
-    both = writer.second_round(prompt, prompt, first, settings, noise, 0)
-    best, new = both[:SECOND_ROUND_PICTURES], both[SECOND_ROUND_PICTURES:]
-    likelihoods = writer.likelihoods(prompt, first)
-    order = [first[index] for index in np.argsort(-likelihoods)]
-    assert [ids for ids, _ in best] == [ids for ids, _ in order[:SECOND_ROUND_PICTURES]]
-    assert [ids for ids, _ in new] == [ids for ids, _ in best for _ in range(3)]
-    motions = {tuple(ids): {tuple(codes) for other, codes in both if other == ids} for ids, _ in best}
-    assert all(len(codes) == 4 for codes in motions.values())
+    written = [(ids, None) for ids in writer.images(prompt, settings, Noise(5))]
+    order = np.argsort(-writer.likelihoods(prompt, written))
+    best = [written[index][0] for index in order[:3]]
+    clips = writer.clips(prompt, prompt, None, settings, Noise(5), 0)
+    assert [ids for ids, _ in clips] == [best[index % 3] for index in range(7)]
+    motions = {tuple(ids): {tuple(codes) for other, codes in clips if other == ids} for ids in best}
+    assert [len(codes) for codes in motions.values()] == [3, 2, 2]  # each with noise of its own
 
 
-def test_the_clip_that_is_kept_may_be_one_of_the_second_round(token_pipeline: Pipeline) -> None:
+def test_equal_pictures_are_kept_once(token_pipeline: Pipeline) -> None:
     writer, prompt = token_pipeline._writer, token_pipeline._prompt_ids(PROMPT)
-    request = replace(VIDEO, more_motions=6)
-    settings = resolve(request, token_pipeline.manifest.geometry, token_pipeline.manifest.defaults)
-    from_second = []
-    for seed in range(3):
-        noise = Noise(seed)
-        first = writer.clips(prompt, None, settings, noise, 0)
-        ((ids, codes),) = writer.likeliest(prompt, writer.second_round(prompt, prompt, first, settings, noise, 0), 1)
-        (kept,) = token_pipeline.generate_video(request, Noise(seed))
-        found = token_pipeline.manifest.vocabulary.motion_codes_of(kept.motion_ids, len(codes))
-        assert (kept.image_ids, found.tolist()) == (tuple(ids), codes.tolist())
-        from_second.append(not any(np.array_equal(codes, other) for _, other in first))
-    assert any(from_second)
+    alike = replace(VIDEO, kept_pictures=4, top_k=1)
+    settings = resolve(alike, token_pipeline.manifest.geometry, token_pipeline.manifest.defaults)
+    clips = writer.clips(prompt, prompt, None, settings, Noise(5), 0)
+    assert len(clips) == 4 and len({tuple(ids) for ids, _ in clips}) == 1
 
 
-@pytest.mark.parametrize("given", [{"image": FRAME + 90}, {"candidates": 1}, {"clips": 2}])
-def test_torch_keeps_the_same_of_a_second_round(
-    token_pipeline: Pipeline, reference: Reference, given: dict[str, Any]
-) -> None:
-    request = VideoRequest(**{"prompt": PROMPT, "candidates": 2, "more_motions": 2, "max_image_tokens": 24, **given})
+@pytest.mark.parametrize("given", [{"image": FRAME + 90}, {"candidates": 1}, {"clips": 2}, {"candidates": 5}])
+def test_torch_keeps_the_same_pictures(token_pipeline: Pipeline, reference: Reference, given: dict[str, Any]) -> None:
+    request = VideoRequest(**{"prompt": PROMPT, "candidates": 3, "max_image_tokens": 24, **given})
+    request = replace(request, kept_pictures=min(2, request.candidates or 1))
     ours, theirs = (list(made.generate_video(request, Noise(6))) for made in (token_pipeline, reference))
     assert [(clip.image_ids, clip.motion_ids) for clip in ours] == [
         (clip.image_ids, clip.motion_ids) for clip in theirs
     ]
 
 
-def test_a_second_round_needs_something_to_choose_by(token_pipeline: Pipeline) -> None:
-    geometry, defaults = token_pipeline.manifest.geometry, TaskDefaults(candidates=8, more_motions=5)
+def test_kept_pictures_are_of_the_candidates(token_pipeline: Pipeline) -> None:
+    geometry, defaults = token_pipeline.manifest.geometry, TaskDefaults(candidates=8, kept_pictures=5)
 
-    def resolved(**given: Any) -> tuple[int, bool]:
+    def resolved(**given: Any) -> tuple[int, int]:
         settings = resolve(VideoRequest(**given), geometry, defaults)
-        return settings.more_motions, settings.sampled_motion
+        return settings.candidates, settings.kept_pictures
 
-    assert resolved(prompt=PROMPT) == (5, True)
-    assert resolved(prompt=PROMPT, candidates=1) == resolved(prompt=PROMPT, greedy=True) == (0, False)
-    assert resolved(image=FRAME) == (0, True)
-    assert resolved(prompt=PROMPT, candidates=1, more_motions=2) == (2, True)
-    with pytest.raises(UsageError, match="--more-motions 3: the prompt tells which is best"):
-        resolved(image=FRAME, more_motions=3)
-    with pytest.raises(UsageError, match="--more-motions 3: with --greedy all are the same"):
-        resolved(prompt=PROMPT, greedy=True, more_motions=3)
-    with pytest.raises(UsageError, match="--more-motions -1: must be from 0"):
-        resolved(prompt=PROMPT, more_motions=-1)
+    assert resolved(prompt=PROMPT) == (8, 5)
+    assert resolved(prompt=PROMPT, candidates=3) == (3, 3)
+    assert resolved(prompt=PROMPT, kept_pictures=0) == (8, 0)
+    assert resolved(prompt=PROMPT, greedy=True) == resolved(image=FRAME) == (1, 1)
+    with pytest.raises(UsageError, match=r"--kept-pictures 9: more than there are candidates \(8\)"):
+        resolved(prompt=PROMPT, kept_pictures=9)
+    with pytest.raises(UsageError, match="--kept-pictures -1: must be from 0"):
+        resolved(prompt=PROMPT, kept_pictures=-1)
 
 
 def test_torch_keeps_the_same(token_pipeline: Pipeline, reference: Reference) -> None:
@@ -234,7 +221,8 @@ def test_the_drawn_pictures_decide_among_the_finalists(
     token_pipeline: Pipeline, read: list[float], kept: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = resolve(VIDEO, token_pipeline.manifest.geometry, token_pipeline.manifest.defaults)
-    tries = token_pipeline._writer.clips(token_pipeline._prompt_ids(PROMPT), None, settings, Noise(5), 0)
+    prompt = token_pipeline._prompt_ids(PROMPT)
+    tries = token_pipeline._writer.clips(prompt, prompt, None, settings, Noise(5), 0)
     assert len({tuple(ids) for ids, _ in tries}) == 4
     given = iter([np.array([-1.0, -4.0, -2.0, -3.0]), np.array(read)])
     monkeypatch.setattr(token_pipeline._writer, "likelihoods", lambda prompt, candidates: next(given))
@@ -250,7 +238,7 @@ def test_a_finalist_that_shows_nothing_is_not_kept(token_pipeline: Pipeline, mon
         return [PictureTokens(first.codes[:0], first.embeds[:0]), *rest]
 
     settings = resolve(VIDEO, token_pipeline.manifest.geometry, token_pipeline.manifest.defaults)
-    tries = token_pipeline._writer.clips(prompt, None, settings, Noise(5), 0)
+    tries = token_pipeline._writer.clips(prompt, prompt, None, settings, Noise(5), 0)
     _, second = token_pipeline._writer.likeliest(prompt, tries, 2)
     monkeypatch.setattr(VisualTokenizer, "kept", first_empty)
     (made,) = token_pipeline.generate_video(replace(VIDEO, finalists=2), Noise(5))
@@ -288,7 +276,7 @@ def test_torch_keeps_the_same_where_a_clip_goes_on(drawing: tuple[Pipeline, Refe
 
 
 def test_a_recipe_tells_how_many_there_were(token_pipeline: Pipeline) -> None:
-    asked = replace(VIDEO, more_motions=2)
+    asked = replace(VIDEO, kept_pictures=2)
     settings = resolve(asked, token_pipeline.manifest.geometry, token_pipeline.manifest.defaults)
     recipe = make_recipe("generate", token_pipeline.bundle, settings, 3, {})
-    assert "--candidates 4 --more-motions 2 --finalists 1" in command_line(recipe, Path("out.mp4"))
+    assert "--candidates 4 --kept-pictures 2 --finalists 1" in command_line(recipe, Path("out.mp4"))

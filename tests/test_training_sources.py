@@ -78,7 +78,7 @@ def test_the_number_of_shapes_may_be_given(shapes: int) -> None:
 
 
 def test_two_shapes_are_named_from_left_to_right() -> None:
-    """Captions and answers; wrong captions in the order drawn too, but for those that exchange the ways."""
+    """Captions and answers; wrong captions in any order, but for those about places."""
     source = ShapesSource(GEOMETRY, shapes=2, size=24)
     orders = set()
     for index in range(24):
@@ -87,11 +87,14 @@ def test_two_shapes_are_named_from_left_to_right() -> None:
         colours = [shape.colour for shape in shapes]
         described = [asked.answer for asked in example.questions if asked.topic == "description"]
         ways = [told for told in example.negatives if told.topic == "ways"]
-        ordered = [*example.captions, *described, *(text for told in ways for text in (told.caption, told.wrong))]
+        turned = [told for told in example.negatives if told.topic == "order"]
+        ordered = [*example.captions, *described, *(told.caption for told in turned)]
+        ordered += [text for told in ways for text in (told.caption, told.wrong)]
         assert [_named(text, colours) for text in ordered] == [colours] * len(ordered)
-        orders |= {_named(told.caption, colours) == colours for told in example.negatives if told.topic != "ways"}
-        for told in ways:
-            assert shapes[0].motion != shapes[1].motion and told.caption != told.wrong
+        assert turned and all(_named(told.wrong, colours) == colours[::-1] for told in turned)
+        others = [told.caption for told in example.negatives if told.topic not in ("ways", "order")]
+        orders |= {_named(text, colours) == colours for text in others}
+        assert not ways or shapes[0].motion != shapes[1].motion
     assert orders == {True, False}
     assert not any(told.topic == "ways" for told in source.picture(0).negatives)
 

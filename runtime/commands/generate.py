@@ -72,9 +72,9 @@ class Job:
 @seed_option
 @candidates_options
 @click.option(
-    "--more-motions",
+    "--kept-pictures",
     type=int,
-    help="Write so many more motions after each of the best pictures of several candidates. [default: the model's]",
+    help="Write motion after so many of the candidates' pictures alone, the best; 0: after all. [default: the model's]",
 )
 @click.option("--keyframe-steps", type=int, help="Denoising steps of a key frame.")
 @click.option("--video-steps", type=int, help="Denoising steps of a clip.")

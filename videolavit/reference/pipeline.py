@@ -36,7 +36,6 @@ from runtime.requests import (
     resolve,
     video_schedule,
 )
-from runtime.token_writer import SECOND_ROUND_PICTURES
 from runtime.tokenizers import TextTokenizer
 from runtime.vocabulary import EOS
 from videolavit.checkpoints import Checkpoint
@@ -101,8 +100,6 @@ class Reference:
             if before is None and settings.image is not None:
                 given = [*self.picture_ids(settings.image, noise), vocabulary.image_end]
             candidates = self.write_clips(sequence, given, settings, noise)
-            if settings.more_motions:
-                candidates = self.second_round(sequence, candidates, settings, noise)
             if given is not None:
                 (image_ids, motion_ids), keyframe = self.likeliest(candidates, 1, settings)[0], settings.image
             else:
@@ -191,9 +188,15 @@ class Reference:
     def write_clips(
         self, prompt: list[int], image_ids: list[int] | None, settings: Resolved, noise: Noise
     ) -> list[Written]:
-        """The candidates: image ids after `prompt`, written unless they are given, and the motion ids that follow."""
+        """The candidates: image ids after `prompt`, written unless they are given, and the motion ids that follow.
+
+        Motion follows the likeliest of written pictures alone where not all are kept (`VideoRequest.kept_pictures`).
+        """
         if image_ids is None:
             images = [self.write_image_ids(prompt, settings, source) for source in _sources(settings.candidates, noise)]
+            if settings.kept_pictures:
+                best = self.likeliest([(ids, None) for ids in images], settings.kept_pictures, settings)
+                images = [best[index % len(best)][0] for index in range(settings.candidates)]
         else:
             images = [image_ids] * settings.candidates
         motions = [
@@ -201,18 +204,6 @@ class Reference:
             for ids, source in zip(images, _sources(settings.candidates, noise), strict=True)
         ]
         return list(zip(images, motions, strict=True))
-
-    def second_round(
-        self, prompt: list[int], candidates: Sequence[Written], settings: Resolved, noise: Noise
-    ) -> list[Written]:
-        """The likeliest candidates, and others with their pictures and new motion (`VideoRequest.more_motions`)."""
-        best = self.likeliest(candidates, SECOND_ROUND_PICTURES, settings)
-        images = [ids for ids, _ in best for _ in range(settings.more_motions)]
-        motions = [
-            self.write_motion_ids(self.after(prompt, ids), settings, source)
-            for ids, source in zip(images, _sources(len(images), noise), strict=True)
-        ]
-        return [*best, *zip(images, motions, strict=True)]
 
     def likeliest(self, candidates: Sequence[Written], count: int, settings: Resolved) -> list[Written]:
         """At most `count` candidates of different pictures, by how likely the prompt is; one alone unjudged."""

@@ -9,6 +9,7 @@ each by its colour; so the place in the caption tells the place in the picture.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import numpy as np
 
@@ -35,7 +36,7 @@ WORDINGS = 4  # captions drawn per item; equal ones count once
 # Wordings of what is easily mistaken for a scene: most where a model learns least by itself.
 EXCHANGED = {"motion": 6, "colour": 2, "kind": 2}
 ALTERED = 6
-WAYS = 4
+PLACED = 4
 
 
 class ShapesSource:
@@ -120,13 +121,15 @@ Say = Callable[[Scene, np.random.Generator], str]
 def _negatives(say: Say, scene: Scene, rng: np.random.Generator) -> tuple[Negative, ...]:
     """Captions beside those of mistaken scenes in the same words, where the latter say anything else.
 
-    They name shapes in any order, but those about `ways`, the two motions exchanged, name them from left to right.
+    They name two shapes in any order, but for two topics whose captions name them from left to right: `ways`, where the
+    two motions are exchanged, and `order`, where the wrong one names the right one first.
     """
     told = left_to_right(scene)
     wrongs = [(topic, scene, wrong) for topic, wrong in exchanged(scene).items() for _ in range(EXCHANGED[topic])]
     changes = (altered(scene, rng) for _ in range(ALTERED))
     wrongs += [(change[0], scene, change[1]) for change in changes if change is not None]
-    wrongs += [("ways", told, wrong) for topic, wrong in exchanged(told).items() if topic == "motion"] * WAYS
+    wrongs += [("ways", told, wrong) for topic, wrong in exchanged(told).items() if topic == "motion"] * PLACED
+    wrongs += [("order", told, replace(told, shapes=told.shapes[::-1]))] * PLACED
     seeds = rng.integers(2**62, size=len(wrongs)).tolist()
     pairs = [
         Negative(say(right, np.random.default_rng(seed)), say(wrong, np.random.default_rng(seed)), topic)

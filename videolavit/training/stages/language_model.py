@@ -68,17 +68,18 @@ class Negatives(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         share: of the generation rows of items that have negatives.
         visual_first: share of these in the order [visual, text], in which the texts' likelihoods are compared; in the
             other it is what is seen that has to be likelier after the right text.
+        topics: what is wrong in the captions of that other order; empty: anything. An item that has none of them gives
+            a generation row.
         motion: share of that other order, of clips, in which the motion alone has to be likelier, after text and
-            picture. Only `topics` are then told apart: after a text that is wrong about the picture, motion can be
-            made unlikely without knowing what moves which way. A clip that has none of them gives a generation row.
-        topics: what is wrong in those captions.
+            picture. It needs `topics`: after a text that is wrong about the picture, motion can be made unlikely
+            without knowing what moves which way.
         weight: of the loss, softplus(log p(wrong row) - log p(right row)), beside the others.
     """
 
     share: Share = 0.0
     visual_first: Share = 0.5
-    motion: Share = 0.0
     topics: list[str] = msgspec.field(default_factory=list)
+    motion: Share = 0.0
     weight: NotNegative = 1.0
 
     @property
@@ -224,15 +225,14 @@ class LanguageModelStage(Stage):
         """The row that draw `index` makes of `item`."""
         negatives, options = item.get("negatives", ()), self.options.negatives
         if options.share and negatives and rng.random() < options.share:
-            negative = negatives[int(rng.integers(len(negatives)))]
+            negative: Negative | None = negatives[int(rng.integers(len(negatives)))]
             visual_first = rng.random() < options.visual_first
-            moves = len(item.get("motion_ids", ())) > 0
-            if visual_first or not moves or rng.random() >= options.motion:
-                return self.layout.telling(item, negative, visual_first=visual_first)
-            about_motion = [each for each in negatives if each.topic in options.topics]
-            if about_motion:
-                negative = about_motion[int(rng.integers(len(about_motion)))]
-                return self.layout.telling(item, negative, visual_first=False, motion_alone=True)
+            alone = not visual_first and len(item.get("motion_ids", ())) > 0 and rng.random() < options.motion
+            if not visual_first and options.topics:
+                about = [each for each in negatives if each.topic in options.topics]
+                negative = about[int(rng.integers(len(about)))] if about else None
+            if negative is not None:
+                return self.layout.telling(item, negative, visual_first=visual_first, motion_alone=alone)
         return self.layout.generation(item, self.options.mix, rng)
 
     def collate(self, items: list[Any]) -> dict[str, Any]:
