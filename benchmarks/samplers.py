@@ -71,12 +71,15 @@ VIDEO_ROWS: tuple[Options, ...] = (
     {"video_steps": 6, **SECOND, "video_sigmas": NARROW},
     {"video_steps": 4, **HEUN, "video_sigmas": NARROW},
 )
+DDIM: Options = {"keyframe_sampler": "ddim", "keyframe_spacing": "trailing"}
 KEYFRAME_EXACT: Options = {"keyframe_sampler": "heun", "keyframe_spacing": "karras", "keyframe_steps": 50}
 KEYFRAME_ROWS: tuple[Options, ...] = (
     {},
-    {"keyframe_steps": 8},
-    {"keyframe_steps": 8, "keyframe_sampler": "dpmpp-2m", "keyframe_spacing": "karras"},
-    {"keyframe_steps": 6, "keyframe_sampler": "dpmpp-2m", "keyframe_spacing": "ays"},
+    {"keyframe_steps": 4},
+    {"keyframe_steps": 6},
+    {"keyframe_steps": 16, **DDIM},
+    {"keyframe_steps": 8, **DDIM},
+    {"keyframe_spacing": "karras"},
     {"image_guidance_interval": (0.3, 5.0)},
 )
 
@@ -202,7 +205,7 @@ def write_tokens(context: Context, index: int) -> Tokens:
     number = context.number("samplers", index)
     scene, prompt = described_scene(number, 1 + index % 2)
     manifest = context.pipeline.manifest
-    request = VideoRequest(prompt=prompt, finalists=1, keyframe_steps=1, video_steps=2)
+    request = VideoRequest(prompt=prompt, finalists=1, keyframe_steps=2, video_steps=2)
     clip = next(context.pipeline.generate_video(request, Noise(number)))
     codes = manifest.vocabulary.visual_codes_of(clip.image_ids)
     motion = manifest.vocabulary.motion_codes_of(clip.motion_ids, len(clip.motion_ids))
