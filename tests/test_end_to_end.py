@@ -68,7 +68,7 @@ def test_a_later_clip_starts_from_the_same_noised_frame(checkpoint: Checkpoint) 
     with EngineSet(SHIPPED) as engines:
         ours, picture = KeyframeDetokenizer(engines, manifest, ignore, Stopwatch()).decode(
             codes,
-            KeyframeSettings(size=(128, 128), steps=6, guidance=request.image_guidance),
+            KeyframeSettings.of(request, (128, 128)),
             Noise(5),
             Reinjection(frame=frame, rate=0.5),
         )
