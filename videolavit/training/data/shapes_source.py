@@ -36,7 +36,7 @@ WORDINGS = 4  # captions drawn per item; equal ones count once
 # Wordings of what is easily mistaken for a scene: most where a model learns least by itself.
 EXCHANGED = {"motion": 6, "colour": 2, "kind": 2}
 ALTERED = 6
-PLACED = 4
+PLACED = 4  # of each of the two topics about places
 
 
 class ShapesSource:
@@ -95,22 +95,24 @@ class ShapesSource:
 
     def picture(self, index: int) -> PictureExample:
         scene, rng = self.scene(index)
+        told = left_to_right(scene)
         return PictureExample(
             image=render_frame(scene, 0),
-            captions=_wordings(picture_caption, left_to_right(scene), rng),
-            questions=tuple(Question(*asked) for asked in picture_questions(left_to_right(scene), rng)),
+            captions=_wordings(picture_caption, told, rng),
+            questions=tuple(Question(*asked) for asked in picture_questions(told, rng)),
             negatives=_negatives(picture_caption, scene, rng),
         )
 
     def clip(self, index: int) -> ClipExample:
         scene, rng = self.scene(index)
+        told = left_to_right(scene)
         parts = clips(scene, int(rng.choice(MOTION_SIDES)))
         return ClipExample(
             frames=np.concatenate([part.frames for part in parts]),
             grid=np.concatenate([part.grid for part in parts]),
             clip_count=len(parts),
-            captions=_wordings(caption, left_to_right(scene), rng),
-            questions=tuple(Question(*asked) for asked in questions(left_to_right(scene), rng)),
+            captions=_wordings(caption, told, rng),
+            questions=tuple(Question(*asked) for asked in questions(told, rng)),
             negatives=_negatives(caption, scene, rng),
         )
 
@@ -126,9 +128,11 @@ def _negatives(say: Say, scene: Scene, rng: np.random.Generator) -> tuple[Negati
     """
     told = left_to_right(scene)
     wrongs = [(topic, scene, wrong) for topic, wrong in exchanged(scene).items() for _ in range(EXCHANGED[topic])]
-    changes = (altered(scene, rng) for _ in range(ALTERED))
+    changes = [altered(scene, rng) for _ in range(ALTERED)]
     wrongs += [(change[0], scene, change[1]) for change in changes if change is not None]
-    wrongs += [("ways", told, wrong) for topic, wrong in exchanged(told).items() if topic == "motion"] * PLACED
+    ways = exchanged(told).get("motion")
+    if ways is not None:
+        wrongs += [("ways", told, ways)] * PLACED
     wrongs += [("order", told, replace(told, shapes=told.shapes[::-1]))] * PLACED
     seeds = rng.integers(2**62, size=len(wrongs)).tolist()
     pairs = [
