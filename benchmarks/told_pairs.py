@@ -19,30 +19,24 @@ import numpy as np
 import torch
 
 from runtime.errors import VideoLavitError
-from runtime.vocabulary import Vocabulary
 from videolavit.checkpoints import load
 from videolavit.training.data.tokenized import TokenizedDataset
-from videolavit.training.stages.language_model import PartWeights, SequenceModel
-from videolavit.training.stages.sequences import CONTEXT, Layout, Row, collate
+from videolavit.training.stages.language_model import PartWeights, SequenceModel, nats_apart
+from videolavit.training.stages.sequences import Compared, Layout, Row, collate
 
-TOPICS = ("ways", "order")
+TOPICS: dict[str, Compared] = {"ways": "motion", "order": "pictures"}
 PAIRS = 32  # computed at once
 
 
-def pairs(items: TokenizedDataset, topic: str, layout: Layout, vocabulary: Vocabulary) -> list[Row]:
-    """The rows of right captions, each with its wrong one, in which only ids that `topic` is about are compared."""
+def pairs(items: TokenizedDataset, topic: str, compared: Compared, layout: Layout) -> list[Row]:
+    """The rows of the right captions of `items`, each with the first wrong one that is so by `topic`."""
     found = []
     for index in range(len(items)):
         item = items[index]
         negative = next((each for each in item["negatives"] if each.topic == topic), None)
         if negative is None:
             continue
-        row = layout.telling(item, negative, visual_first=False, motion_alone=topic == "ways")
-        if topic == "order":
-            for one in filter(None, (row, row.wrong)):
-                shown = [id_ < vocabulary.first_motion for id_ in one.ids]
-                one.kinds = [kind if kept else CONTEXT for kind, kept in zip(one.kinds, shown, strict=True)]
-        found.append(row)
+        found.append(layout.telling(item, negative, compared))
     return found
 
 
@@ -53,9 +47,7 @@ def told(model: SequenceModel, rows: list[Row]) -> np.ndarray:
     for start in range(0, len(rows), PAIRS):
         batch = collate(rows[start : start + PAIRS], 2)
         _, losses, _, _, places = model.predict(batch)
-        nats = torch.zeros(len(batch["ids"])).index_add(0, places, losses)
-        right, wrong = batch["pairs"].unbind(1)
-        gaps += (nats[wrong] - nats[right]).tolist()
+        gaps += nats_apart(batch, losses, places).tolist()
     return np.array(gaps)
 
 
@@ -74,8 +66,8 @@ def main() -> int:
             language_model = checkpoint.component("language_model").float().eval()
             model = SequenceModel(language_model, config.vocabulary, PartWeights())
             parts = []
-            for topic in TOPICS:
-                gaps = told(model, pairs(items, topic, layout, config.vocabulary))
+            for topic, compared in TOPICS.items():
+                gaps = told(model, pairs(items, topic, compared, layout))
                 parts.append(f"{topic} {np.mean(gaps > 0):.3f} of {len(gaps)}")
             print(f"{folder}: {', '.join(parts)}")
     except VideoLavitError as error:

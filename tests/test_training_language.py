@@ -31,7 +31,7 @@ from videolavit.training.stage import StageContext, find_stage
 from videolavit.training.stages import sequences
 from videolavit.training.stages.instruct import InstructOptions, InstructStage
 from videolavit.training.stages.language_model import LanguageModelOptions, LanguageModelStage, Negatives, PartWeights
-from videolavit.training.stages.sequences import ANSWER, CONTEXT, GENERATED, NO_LABEL, WRONG, Layout, Mix
+from videolavit.training.stages.sequences import ANSWER, CONTEXT, GENERATED, NO_LABEL, WRONG, Compared, Layout, Mix
 from videolavit.training.stages.writing import HeldOut, TorchLanguageModel
 
 TINY = PRESETS["tiny"]
@@ -351,24 +351,21 @@ def test_motion_before_a_question_may_be_learnt_too(checkpoint: Checkpoint) -> N
         assert ANSWER in row.kinds
 
 
-@pytest.mark.parametrize("visual_first", [True, False])
-def test_a_caption_and_a_wrong_one_stand_with_the_same_clip(layout: Layout, visual_first: bool) -> None:
+COMPARED: tuple[Compared, ...] = ("text", "visual", "pictures", "motion")
+
+
+@pytest.mark.parametrize("compared", COMPARED)
+def test_a_caption_and_a_wrong_one_stand_with_the_same_clip(layout: Layout, compared: Compared) -> None:
     negative = Negative("a red circle moving right", "a blue circle moving right")
-    row = layout.telling(ITEMS[0], negative, visual_first=visual_first)
+    row = layout.telling(ITEMS[0], negative, compared)
     assert row.wrong is not None and row.wrong.wrong is None
-    spans = layout.spans(ITEMS[0])
+    spans, motion = layout.spans(ITEMS[0]), ITEMS[0]["motion_ids"][0].tolist()
     for made, text, kind in ((row, negative.caption, GENERATED), (row.wrong, negative.wrong, WRONG)):
         words = layout.text.encode(text)
-        assert made.ids == ([*spans, *words, EOS] if visual_first else [*words, *spans])
-        assert made.kinds == ([kind] * len(made.ids) if visual_first else [CONTEXT] * len(words) + [kind] * len(spans))
-
-
-def test_motion_alone_is_told_after_text_and_picture(layout: Layout) -> None:
-    row = layout.telling(ITEMS[0], Negative("a", "b", "motion"), visual_first=False, motion_alone=True)
-    assert row.wrong is not None
-    for made, kind in ((row, GENERATED), (row.wrong, WRONG)):
-        learnt = [i for i, found in zip(made.ids, made.kinds, strict=True) if found != CONTEXT]
-        assert learnt == ITEMS[0]["motion_ids"][0].tolist() and set(made.kinds) == {CONTEXT, kind}
+        assert made.ids == ([*spans, *words, EOS] if compared == "text" else [*words, *spans])
+        seen = {"text": made.ids, "visual": spans, "motion": motion, "pictures": [i for i in spans if i not in motion]}
+        counted = [i for i, found in zip(made.ids, made.kinds, strict=True) if found != CONTEXT]
+        assert counted == seen[compared] and set(made.kinds) <= {CONTEXT, kind}
 
 
 def test_what_is_seen_is_told_by_topics_and_half_of_it_by_motion_alone(checkpoint: Checkpoint) -> None:
@@ -393,12 +390,12 @@ def test_what_is_seen_is_told_by_topics_and_half_of_it_by_motion_alone(checkpoin
     assert not text_first(poor)
 
 
-@pytest.mark.parametrize("visual_first", [True, False])
-def test_the_loss_of_negatives_is_that_of_the_rows_read_alone(checkpoint: Checkpoint, visual_first: bool) -> None:
+@pytest.mark.parametrize("compared", COMPARED)
+def test_the_loss_of_negatives_is_that_of_the_rows_read_alone(checkpoint: Checkpoint, compared: Compared) -> None:
     options = LanguageModelOptions(negatives=Negatives(share=1.0, weight=0.5), weights=PartWeights(motion=2.0))
     trained = stage(LanguageModelStage, options, checkpoint)
     layout, wrong = trained.layout, "a blue circle moving left"
-    told = [layout.telling(x, Negative(x["captions"][0], wrong), visual_first=visual_first) for x in ITEMS[1:4]]
+    told = [layout.telling(x, Negative(x["captions"][0], wrong), compared) for x in ITEMS[1:4]]
     others = [layout.generation(x, TEXT_FIRST, np.random.default_rng(0)) for x in ITEMS[4:7]]
     nats = []  # of the right and of the wrong row: [K][2]
     for row in told:

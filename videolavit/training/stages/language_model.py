@@ -31,7 +31,7 @@ from videolavit.training.settings import Count, CountOrNone, NotNegative, Share
 from videolavit.training.stage import Stage, StageContext
 from videolavit.training.stages import sequences
 from videolavit.training.stages.clips import More, check_shares, tokenized_folder
-from videolavit.training.stages.sequences import ANSWER, CONTEXT, GENERATED, Item, Layout, Mix, Row
+from videolavit.training.stages.sequences import ANSWER, CONTEXT, GENERATED, Compared, Item, Layout, Mix, Row
 from videolavit.training.stages.starting import trainable
 from videolavit.training.stages.writing import HeldOut
 
@@ -148,9 +148,8 @@ class SequenceModel(nn.Module):
         loss = _mean(losses, generated * worth) + self.answers * _mean(losses, answered)
         means = {name: _mean(losses.detach(), mask) for name, mask in parts.items()}
         if self.negatives:
-            nats = torch.zeros(len(batch["ids"]), device=losses.device).index_add(0, rows, losses)  # [B]
-            pairs = batch.get("pairs", rows.new_zeros(0, 2))  # [K, 2]
-            told = F.softplus(nats[pairs[:, 0]] - nats[pairs[:, 1]]).sum() / max(1, len(pairs))
+            apart = nats_apart(batch, losses, rows)
+            told = F.softplus(-apart).sum() / max(1, len(apart))
             loss = loss + self.negatives * told
             means["negatives"] = told.detach()
         # All parts, always, because processes average what they log by name; 0 for one that is not in the batch.
@@ -174,6 +173,16 @@ class SequenceModel(nn.Module):
             found.append((scores.detach().argmax(-1), losses, labels[learnt], kinds[learnt], rows))
         best, losses, labels, kinds, rows = (torch.cat(part) for part in zip(*found, strict=True))
         return best, losses, labels, kinds, rows
+
+
+def nats_apart(batch: dict[str, Any], losses: Tensor, rows: Tensor) -> Tensor:
+    """By how many nats the row of the right text is likelier than that of the wrong one, [K] for the batch's pairs.
+
+    `losses` and `rows` [n] as `SequenceModel.predict` gives them.
+    """
+    nats = torch.zeros(len(batch["ids"]), device=losses.device).index_add(0, rows, losses)  # [B]
+    right, wrong = batch.get("pairs", rows.new_zeros(0, 2)).unbind(1)  # [K] each
+    return nats[wrong] - nats[right]
 
 
 def _mean(values: Tensor, weights: Tensor) -> Tensor:
@@ -226,13 +235,15 @@ class LanguageModelStage(Stage):
         negatives, options = item.get("negatives", ()), self.options.negatives
         if options.share and negatives and rng.random() < options.share:
             negative: Negative | None = negatives[int(rng.integers(len(negatives)))]
-            visual_first = rng.random() < options.visual_first
-            alone = not visual_first and len(item.get("motion_ids", ())) > 0 and rng.random() < options.motion
-            if not visual_first and options.topics:
-                about = [each for each in negatives if each.topic in options.topics]
-                negative = about[int(rng.integers(len(about)))] if about else None
+            compared: Compared = "text"
+            if rng.random() >= options.visual_first:
+                alone = len(item.get("motion_ids", ())) > 0 and rng.random() < options.motion
+                compared = "motion" if alone else "visual"
+                if options.topics:
+                    about = [each for each in negatives if each.topic in options.topics]
+                    negative = about[int(rng.integers(len(about)))] if about else None
             if negative is not None:
-                return self.layout.telling(item, negative, visual_first=visual_first, motion_alone=alone)
+                return self.layout.telling(item, negative, compared)
         return self.layout.generation(item, self.options.mix, rng)
 
     def collate(self, items: list[Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -41,6 +41,7 @@ TRIES = 1000  # items that may have no row to give, one after the other
 SLOT = UNK  # stands where a feature is put; never looked up
 
 Item = dict[str, Any]  # of `TokenizedDataset`
+Compared = Literal["text", "visual", "pictures", "motion"]  # whose likelihoods set a caption and a wrong one apart
 
 
 class Mix(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -119,23 +120,23 @@ class Layout:
             row.add(spans, GENERATED)
         return self._cut(row)
 
-    def telling(self, item: Item, negative: Negative, *, visual_first: bool, motion_alone: bool = False) -> Row:
+    def telling(self, item: Item, negative: Negative, compared: Compared) -> Row:
         """The row of the caption, and as its `wrong` that of the wrong one.
 
-        Of [visual, text] all ids have a likelihood, of which the visual ids' are the same in both rows; of [text,
-        visual] the visual ids alone, or only those of motion if `motion_alone`. So comparing sums compares
-        p(text | visual), p(visual | text) or p(motion | text, pictures).
+        Summed likelihoods of the two tell p(text | visual) apart where `compared` is the text: then all ids of
+        [visual, text] have one, of which the visual ids' are the same in both. Otherwise they tell p(visual | text),
+        p(pictures | text, motion before them) or p(motion | text, pictures).
         """
         right, wrong, spans = Row(), Row(), self.spans(item)
         for row, text, kind in ((right, negative.caption, GENERATED), (wrong, negative.wrong, WRONG)):
             words = self.text.encode(text)
-            if visual_first:
+            if compared == "text":
                 row.add([*spans, *words, EOS], kind)
             else:
                 row.add(words, CONTEXT)
-                row.add(spans, kind)
-            if motion_alone:
-                row.kinds = [kind if id_ >= self.vocabulary.first_motion else CONTEXT for id_ in row.ids]
+                for id_ in spans:
+                    part = "motion" if id_ >= self.vocabulary.first_motion else "pictures"
+                    row.add([id_], kind if compared in ("visual", part) else CONTEXT)
             self._cut(row)
         right.wrong = wrong
         return right
