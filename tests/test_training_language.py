@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from language_rows import CONFIG, ITEMS, TEXT_FIRST, WIDTH, K, V, item, small_checkpoint, stage, steps, tokenized
 
 from runtime.errors import CheckpointError, UsageError
 from runtime.noise import Noise
@@ -20,33 +20,21 @@ from runtime.prompts import STOP, answer_text, question_ids
 from runtime.requests import AnswerRequest, VideoRequest
 from runtime.vocabulary import EOS, UNK
 from videolavit.checkpoints import Checkpoint, RandomWeights, load
-from videolavit.config import PRESETS, LanguageModelConfig
-from videolavit.models.components import COMPONENTS
 from videolavit.tokenizer_training import SHAPES_TOKENIZER
-from videolavit.training.data.examples import Negative, Question
-from videolavit.training.data.tokenizing import Plan, tokenize
+from videolavit.training.data.examples import Question
 from videolavit.training.loop import train
 from videolavit.training.settings import DataSettings, TrainSettings
 from videolavit.training.stage import StageContext, find_stage
 from videolavit.training.stages import sequences
 from videolavit.training.stages.instruct import InstructOptions, InstructStage
-from videolavit.training.stages.language_model import LanguageModelOptions, LanguageModelStage, Negatives, PartWeights
-from videolavit.training.stages.sequences import ANSWER, CONTEXT, GENERATED, NO_LABEL, WRONG, Compared, Layout, Mix
+from videolavit.training.stages.language_model import LanguageModelOptions, LanguageModelStage, PartWeights
+from videolavit.training.stages.sequences import ANSWER, CONTEXT, GENERATED, NO_LABEL, Layout, Mix
 from videolavit.training.stages.writing import HeldOut, TorchLanguageModel
-
-TINY = PRESETS["tiny"]
-WIDTH = 64
-SMALL = LanguageModelConfig(hidden_size=WIDTH, intermediate_size=64, layers=1, heads=4, kv_heads=4, max_positions=512)
-CONFIG = replace(TINY, language_model=SMALL, visual_tokenizer=replace(TINY.visual_tokenizer, llm_dim=WIDTH))
-V = CONFIG.vocabulary
-K = CONFIG.geometry.motion_tokens
-TEXT_FIRST = Mix(condition_dropout=0, motion_alone=0, visual_first=0)
 
 
 @pytest.fixture(scope="module")
 def checkpoint() -> Checkpoint:
-    tokenizer = SHAPES_TOKENIZER.read_bytes()
-    return Checkpoint(CONFIG, tokenizer=tokenizer, weights=RandomWeights(CONFIG, 0), untrained=tuple(COMPONENTS))
+    return small_checkpoint()
 
 
 @pytest.fixture(scope="module")
@@ -57,59 +45,7 @@ def layout() -> Layout:
 @pytest.fixture(scope="module")
 def folders(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A tokenised folder and the checkpoint that made it."""
-    tokens, source = (tmp_path_factory.mktemp("language") / name for name in ("tokens", "checkpoint"))
-    checkpoint.save(source)
-    fields = ("motion_ids", "visual_ids", "features", "keep_logits")
-    tokenize(Plan(data=DataSettings(), checkpoint=source, fields=fields, count=3), tokens)
-    return tokens, source
-
-
-def item(index: int, clips: int = 1, moving: bool = True) -> dict[str, Any]:
-    """An item as `TokenizedDataset` gives it: colour and direction are in its ids and features."""
-    rng = np.random.default_rng(index)
-    colour, way = index % 4, index // 4 % 4
-    name, direction = ("red", "green", "blue", "white")[colour], ("right", "left", "up", "down")[way]
-    logits = torch.log_softmax(torch.from_numpy(rng.normal(size=(clips, 64, 2))).float() + torch.tensor([0, 2.0]), -1)
-    features = torch.from_numpy(rng.normal(size=(clips, 64, CONFIG.visual_tokenizer.eva.width))).float()
-    features[..., colour] += 3
-    found = {
-        "index": index,
-        "captions": (f"a {name} circle moving {direction}",),
-        "questions": (
-            Question("what colour is the circle?", name, "colour"),
-            Question("which direction does it move?", direction, "direction"),
-        ),
-        "visual_ids": [V.first_visual + colour + torch.arange(5 + k) for k in range(clips)],
-        "features": features,
-        "keep_logits": logits,
-    }
-    if moving:
-        found["motion_ids"] = torch.full((clips, K), V.first_motion + way)
-    return found
-
-
-ITEMS = [item(index) for index in range(16)]
-
-
-def stage(kind: type[LanguageModelStage], options: Any, checkpoint: Checkpoint) -> LanguageModelStage:
-    data = DataSettings(source="tokenized", path="nowhere")
-    return kind(StageContext(checkpoint=checkpoint, data=data, seed=3, device=torch.device("cpu")), options)
-
-
-def steps(trained: LanguageModelStage, count: int, same: bool = False, rate: float = 1e-2) -> list[dict[str, float]]:
-    rows = sequences.Rows(ITEMS, 3, 50, trained.row)
-    optimizer = torch.optim.AdamW(trained.module.parameters(), lr=rate, weight_decay=0)
-    generator = torch.Generator()
-    found = []
-    for step in range(count):
-        start = 0 if same else step * 4
-        batch = trained.prepare(trained.collate([rows[at] for at in range(start, start + 4)]), generator)
-        losses = trained.module(batch, generator, step)
-        losses["loss"].backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        found.append({name: float(value.detach()) for name, value in losses.items()})
-    return found
+    return tokenized(checkpoint, tmp_path_factory.mktemp("language"))
 
 
 # Rows are what the runtime builds
@@ -351,100 +287,6 @@ def test_motion_before_a_question_may_be_learnt_too(checkpoint: Checkpoint) -> N
         assert ANSWER in row.kinds
 
 
-COMPARED: tuple[Compared, ...] = ("text", "visual", "pictures", "motion")
-
-
-@pytest.mark.parametrize("compared", COMPARED)
-def test_a_caption_and_a_wrong_one_stand_with_the_same_clip(layout: Layout, compared: Compared) -> None:
-    negative = Negative("a red circle moving right", "a blue circle moving right")
-    row = layout.telling(ITEMS[0], negative, compared)
-    assert row.wrong is not None and row.wrong.wrong is None
-    spans, motion = layout.spans(ITEMS[0]), ITEMS[0]["motion_ids"][0].tolist()
-    for made, text, kind in ((row, negative.caption, GENERATED), (row.wrong, negative.wrong, WRONG)):
-        words = layout.text.encode(text)
-        assert made.ids == ([*spans, *words, EOS] if compared == "text" else [*words, *spans])
-        seen = {"text": made.ids, "visual": spans, "motion": motion, "pictures": [i for i in spans if i not in motion]}
-        counted = [i for i, found in zip(made.ids, made.kinds, strict=True) if found != CONTEXT]
-        assert counted == seen[compared] and set(made.kinds) <= {CONTEXT, kind}
-
-
-def test_what_is_seen_is_told_by_topics_and_half_of_it_by_motion_alone(checkpoint: Checkpoint) -> None:
-    options = LanguageModelOptions(negatives=Negatives(share=1.0, visual_first=0.25, motion=0.5, topics=["motion"]))
-    trained = stage(LanguageModelStage, options, checkpoint)
-    wrongs = (Negative("red", "blue", "colour"), Negative("to the right", "to the left", "motion"))
-    rich, poor = (ITEMS[0] | {"negatives": wrongs[:count]} for count in (2, 1))
-    still = {name: value for name, value in rich.items() if name != "motion_ids"}
-
-    def text_first(item_: dict[str, Any]) -> list[sequences.Row]:
-        rows = [trained.row(item_, 0, np.random.default_rng(seed)) for seed in range(400)]
-        told = [row for row in rows if row is not None and row.wrong is not None]
-        return [row for row in told if row.ids[0] != V.image_start]
-
-    def alone(rows: list[sequences.Row]) -> int:
-        return sum((V.motion_start, CONTEXT) in zip(row.ids, row.kinds, strict=True) for row in rows)
-
-    found, pictures, words = text_first(rich), text_first(still), trained.layout.text.encode("to the right")
-    assert 0.7 < len(found) / 400 < 0.8 and 0.4 < alone(found) / len(found) < 0.6
-    assert 0.7 < len(pictures) / 400 < 0.8 and not alone(pictures)
-    assert all(row.ids[: len(words)] == words for row in [*found, *pictures])
-    assert not text_first(poor)
-
-
-@pytest.mark.parametrize("compared", COMPARED)
-def test_the_loss_of_negatives_is_that_of_the_rows_read_alone(checkpoint: Checkpoint, compared: Compared) -> None:
-    options = LanguageModelOptions(negatives=Negatives(share=1.0, weight=0.5), weights=PartWeights(motion=2.0))
-    trained = stage(LanguageModelStage, options, checkpoint)
-    layout, wrong = trained.layout, "a blue circle moving left"
-    told = [layout.telling(x, Negative(x["captions"][0], wrong), compared) for x in ITEMS[1:4]]
-    others = [layout.generation(x, TEXT_FIRST, np.random.default_rng(0)) for x in ITEMS[4:7]]
-    nats = []  # of the right and of the wrong row: [K][2]
-    for row in told:
-        assert row.wrong is not None
-        pair = [replace(row, wrong=None), row.wrong]
-        nats.append([float(trained.module.predict(sequences.collate([one], 1))[1].sum().detach()) for one in pair])
-    expected = np.mean([np.log1p(np.exp(right - wrong)) for right, wrong in nats])
-    with torch.no_grad():
-        together = trained.module(sequences.collate([*others, *told], 3), torch.Generator(), 0)
-        alone = [replace(row, wrong=None) for row in told]
-        without = trained.module(sequences.collate([*others, *alone], 3), torch.Generator(), 0)
-    assert float(together["negatives"]) == pytest.approx(expected, rel=1e-4) and expected > 0.01
-    assert float(without["negatives"]) == 0
-    # Wrong rows are in no other loss.
-    assert float(together["loss"]) == pytest.approx(float(without["loss"]) + 0.5 * expected, rel=1e-4)
-
-
-@pytest.mark.parametrize("how", [{"visual_first": 0.0}, {"visual_first": 1.0}, {"visual_first": 0.0, "motion": 1.0}])
-def test_right_is_told_from_wrong_after_some_steps(checkpoint: Checkpoint, how: dict[str, float]) -> None:
-    options = LanguageModelOptions(negatives=Negatives(share=1.0, topics=["motion"], **how))
-    trained = stage(LanguageModelStage, options, checkpoint)
-    wrong = [item(index)["captions"][0] for index in range(5, 21)]  # another colour and another way than the item's
-    told = [x | {"negatives": (Negative(x["captions"][0], no, "motion"),)} for x, no in zip(ITEMS, wrong, strict=True)]
-    rows = sequences.Rows(told, 3, 50, trained.row)
-    optimizer = torch.optim.AdamW(trained.module.parameters(), lr=1e-2, weight_decay=0)
-    losses = []
-    for step in range(40):
-        batch = trained.collate([rows[step * 8 + at] for at in range(8)])
-        found = trained.module(batch, torch.Generator(), step)
-        found["loss"].backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(found["negatives"].detach()))
-    assert np.mean(losses[-5:]) < 0.3 < 0.6 < losses[0]
-
-
-def test_negatives_come_as_often_as_asked_and_only_where_there_are_some(checkpoint: Checkpoint) -> None:
-    options = LanguageModelOptions(negatives=Negatives(share=0.5, visual_first=0.25))
-    trained = stage(LanguageModelStage, options, checkpoint)
-    rich = ITEMS[0] | {"negatives": (Negative("a red circle", "a blue circle"),)}
-    rows = [trained.row(rich, 0, np.random.default_rng(seed)) for seed in range(400)]
-    told = [row for row in rows if row is not None and row.wrong is not None]
-    assert 0.4 < len(told) / len(rows) < 0.6
-    first = [row.kinds[0] == GENERATED for row in told]
-    assert 0.15 < np.mean(first) < 0.35
-    poor = [trained.row(ITEMS[0] | {"negatives": ()}, 0, np.random.default_rng(seed)) for seed in range(20)]
-    assert all(row is not None and row.wrong is None for row in poor)
-
-
 def test_questions_about_captions_show_nothing(checkpoint: Checkpoint) -> None:
     options = InstructOptions(generation=0.0, topics={"colour": 1.0}, reading=1.0)
     trained = stage(InstructStage, options, checkpoint)
@@ -528,37 +370,6 @@ def test_a_topic_that_the_data_does_not_have_is_named(folders: tuple[Path, Path]
     InstructStage(context, InstructOptions(topics={"colour": 2.0})).dataset()
     with pytest.raises(UsageError, match=r"options\.topics coluor: no question of .*; there are: .*colour"):
         InstructStage(context, InstructOptions(topics={"colour": 2.0, "coluor": 2.0})).dataset()
-
-
-def test_data_without_negatives_is_named(folders: tuple[Path, Path], tmp_path: Path) -> None:
-    tokens, source = folders
-    context = StageContext(
-        checkpoint=load(source),
-        data=DataSettings(source="tokenized", path=str(tokens)),
-        seed=0,
-        device=torch.device("cpu"),
-    )
-    options = LanguageModelOptions(negatives=Negatives(share=0.5))
-    assert LanguageModelStage(context, options).dataset().items.said(0).negatives
-    for wrong, message in (
-        (Negatives(share=0.5, motion=0.5), r"options\.negatives\.motion 0\.5: options\.negatives\.topics is empty"),
-        (Negatives(share=0.5, topics=["colour", "mood"]), r"topics mood: no caption of the data is wrong about it"),
-    ):
-        with pytest.raises(UsageError, match=message):
-            LanguageModelStage(context, LanguageModelOptions(negatives=wrong)).dataset()
-    poor, folder = tmp_path / "poor", tmp_path / "pictures"
-    folder.mkdir()
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(folder / "one.png")
-    (folder / "one.txt").write_text("a picture\n")
-    plan = Plan(data=DataSettings(source="folder", path=str(folder)), checkpoint=source, fields=("visual_ids",))
-    tokenize(plan, poor)
-    context = replace(context, data=DataSettings(source="tokenized", path=str(poor)))
-    with pytest.raises(UsageError, match=r"options\.negatives\.share 0\.5: no item of the data has negatives"):
-        LanguageModelStage(context, options).dataset()
-    (folder / "one.json").write_text('{"negatives": [{"caption": "gloomy", "wrong": "merry", "topic": "mood"}]}')
-    tokenize(plan, poor, force=True)
-    options = LanguageModelOptions(negatives=Negatives(share=0.5, motion=0.5, topics=["mood"]))
-    assert len(LanguageModelStage(context, options).dataset().items) == 1  # the last item is the first that has some
 
 
 @pytest.mark.parametrize("name", ["language-model", "instruct"])
