@@ -28,6 +28,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "doctor": ("runtime.commands.doctor", "doctor", "Say what works on this machine and what to install."),
     "init": ("videolavit.commands", "init", "Write a checkpoint with random weights."),
     "deepen": ("videolavit.commands", "deepen", "Give a checkpoint's language model more layers."),
+    "average": ("videolavit.commands", "average", "Average checkpoints trained apart from the same one."),
     "convert": ("videolavit.commands", "convert", "Check official weights, or rewrite them as a checkpoint."),
     "train": ("videolavit.training.commands", "train", "Train a part of a checkpoint."),
     "export": ("export.commands", "export", "Turn a checkpoint into an engine bundle."),

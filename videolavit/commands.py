@@ -45,6 +45,19 @@ def deepen(checkpoint: Path, layers: int, output: Path, force: bool) -> None:
 
 
 @click.command()
+@click.argument("checkpoints", type=click.Path(path_type=Path), nargs=-1, required=True, metavar="CHECKPOINT...")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder to write.")
+@click.option("--force", is_flag=True, help="Replace an existing checkpoint.")
+def average(checkpoints: tuple[Path, ...], output: Path, force: bool) -> None:
+    """Write the mean of the weights of CHECKPOINTs that were trained apart from the same one."""
+    from videolavit.averaging import averaged
+    from videolavit.checkpoints import load
+
+    averaged([load(folder) for folder in checkpoints]).save(output, force=force)
+    click.echo(f"{output}: the mean of {len(checkpoints)} checkpoints", err=True)
+
+
+@click.command()
 @click.argument("snapshot", type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder to write.")
 @click.option("--check", is_flag=True, help="Only say what is in SNAPSHOT and everything that is wrong with it.")
