@@ -1,4 +1,4 @@
-"""How well a language model tells a caption from a wrong one by what it would write after each.
+"""How well a language model knows held-out clips, and tells a caption from a wrong one by what it would write after it.
 
     videolavit tokenize shapes --split held-out --shapes 2 --seed 30 --count 512 --fields visual_ids,motion_ids \\
         --checkpoint checkpoints/shapes -o build/tokens/held-out-two
@@ -6,7 +6,8 @@
 
 Contract: of every item the first wrong caption of each topic is taken. Right is a pair after whose right caption the
 item's own ids are likelier: those of motion, after the picture, where the topic is `ways` (motions exchanged), those
-of the picture where it is `order` (the shapes named in the other order). Printed is a line for each checkpoint.
+of the picture where it is `order` (the shapes named in the other order). Losses are means in nats per id, of pictures
+and motion after the caption, and of the caption after both. Printed is a line for each checkpoint.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from runtime.errors import VideoLavitError
 from videolavit.checkpoints import load
 from videolavit.training.data.tokenized import TokenizedDataset
 from videolavit.training.stages.language_model import PartWeights, SequenceModel, nats_apart
-from videolavit.training.stages.sequences import Compared, Layout, Row, collate
+from videolavit.training.stages.sequences import Compared, Layout, Mix, Row, collate
 
 TOPICS: dict[str, Compared] = {"ways": "motion", "order": "pictures"}
 PAIRS = 32  # computed at once
@@ -51,6 +52,24 @@ def told(model: SequenceModel, rows: list[Row]) -> np.ndarray:
     return np.array(gaps)
 
 
+@torch.inference_mode()
+def losses(model: SequenceModel, items: TokenizedDataset, layout: Layout) -> dict[str, float]:
+    """Mean losses of the items' ids after what comes before them, by their part."""
+    first_visual, first_motion = model.vocabulary.text_size, model.vocabulary.motion_start
+    nats: dict[str, list[torch.Tensor]] = {"text": [], "image": [], "motion": []}
+    for visual_first in (False, True):
+        mix = Mix(condition_dropout=0, motion_alone=0, visual_first=float(visual_first), learn_prompts=False)
+        rng = np.random.default_rng(0)  # which of the captions
+        rows = [layout.generation(items[index], mix, rng) for index in range(len(items))]
+        for start in range(0, len(rows), PAIRS):
+            _, found, labels, _, _ = model.predict(collate(rows[start : start + PAIRS], 2))
+            text, motion = labels < first_visual, labels >= first_motion
+            parts = {"text": text} if visual_first else {"image": ~text & ~motion, "motion": motion}
+            for name, part in parts.items():
+                nats[name].append(found[part])
+    return {name: float(torch.cat(part).mean()) for name, part in nats.items()}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("tokens", type=Path, help="tokenised folder of scenes of two shapes")
@@ -69,6 +88,7 @@ def main() -> int:
             for topic, compared in TOPICS.items():
                 gaps = told(model, pairs(items, topic, compared, layout))
                 parts.append(f"{topic} {np.mean(gaps > 0):.3f} of {len(gaps)}")
+            parts += [f"{name} {loss:.3f}" for name, loss in losses(model, items, layout).items()]
             print(f"{folder}: {', '.join(parts)}")
     except VideoLavitError as error:
         print(f"error: {error}", file=sys.stderr)
