@@ -112,13 +112,13 @@ def test_a_bundle_of_lower_precision_is_held_to_its_bounds(
     checkpoint: Checkpoint, reference: Follower, tmp_path: Path
 ) -> None:
     """A language model in int4 writes other ids than torch, a wrong one writes none of torch's."""
-    found = []
+    case, found = CASES["text to video"], []  # a picture's few ids alone may all be torch's
     for model in (checkpoint, initialise("shapes", 1)):
         bundle = with_language_model(model, tmp_path / str(len(found)))
         assert precision_of(bundle) == "int4"
         with Pipeline(bundle) as pipeline:
-            ours = CASES["text to image"].run(pipeline, Noise(3))
-        found.append(reference.agreement(CASES["text to image"], ours, Noise(3)))
+            ours = case.run(pipeline, Noise(3))
+        found.append(reference.agreement(case, ours, Noise(3)))
     right, wrong = found
     check(right, BOUNDS["int4"])
     assert right.share < 1
