@@ -9,9 +9,9 @@ import msgspec
 import pytest
 import torch
 from click.testing import CliRunner
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from runtime.errors import UsageError
+from runtime.errors import CheckpointError, UsageError
 from videolavit.averaging import averaged
 from videolavit.checkpoints import Checkpoint, initialise, load
 from videolavit.commands import average
@@ -61,6 +61,20 @@ def test_other_sizes_are_refused(tmp_path: Path) -> None:
     folders = [str(tmp_path / name) for name in ("one", "one", "deep")]
     done = CliRunner().invoke(average, [*folders, "-o", str(tmp_path / "mean")])
     assert isinstance(done.exception, UsageError) and "sizes of number 3" in str(done.exception)
+    assert not (tmp_path / "mean").exists()
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.norm.weight"])
+def test_a_tensor_that_one_of_them_lacks_is_named(tmp_path: Path, name: str) -> None:
+    for folder in ("one", "other"):
+        initialise("tiny", 0).save(tmp_path / folder)
+    file = tmp_path / "other" / "language_model.safetensors"
+    state = load_file(file)
+    del state[name]
+    save_file(state, file)
+    done = CliRunner().invoke(average, [str(tmp_path / "one"), str(tmp_path / "other"), "-o", str(tmp_path / "mean")])
+    assert isinstance(done.exception, CheckpointError)
+    assert f"language_model: {name} is not the same tensor in all" in str(done.exception)
     assert not (tmp_path / "mean").exists()
 
 

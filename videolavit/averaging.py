@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
 
-from runtime.errors import UsageError
+from runtime.errors import CheckpointError, UsageError
 from videolavit.checkpoints import Checkpoint, Weights, stored_tensors
 
 
@@ -22,7 +23,7 @@ def averaged(checkpoints: Sequence[Checkpoint]) -> Checkpoint:
     """The mean of `checkpoints`, with the defaults of the first. Untrained is what is untrained in any of them.
 
     Raises UsageError for fewer than two, or when sizes, tokenizer or components are not the same; and, when the weights
-    are read, for integers that differ, which have no mean.
+    are read, for integers that differ, which have no mean. CheckpointError for a tensor that is not in all of them.
     """
     if len(checkpoints) < 2:
         raise UsageError(f"CHECKPOINT: {len(checkpoints)} given; a mean needs two or more")
@@ -57,9 +58,12 @@ class _MeanWeights:
         return ((name, tensor.float()) for name, tensor in self.stored(component))
 
     def stored(self, component: str) -> Iterator[tuple[str, Tensor]]:
-        every = (stored_tensors(weights, component) for weights in self._weights)
-        for same_place in zip(*every, strict=True):
+        every = [stored_tensors(weights, component) for weights in self._weights]
+        for same_place in zip_longest(*every, fillvalue=("", torch.empty(0))):
             names, tensors = zip(*same_place, strict=True)
+            if len(set(names)) > 1 or len({tensor.shape for tensor in tensors}) > 1:
+                name = min(filter(None, names))  # in the order of names, what the others are past
+                raise CheckpointError(f"{component}: {name} is not the same tensor in all checkpoints; copy them again")
             yield names[0], _mean(f"{component}/{names[0]}", tensors)
 
 
